@@ -1,0 +1,295 @@
+"""The whole model in one file: slots, block, model.
+
+A model is an embedding, a stack of pre-norm residual blocks (a mixer moves information along the sequence, a channel
+mixer within a position), a final norm and a readout. One call does training, chunked prefill and decoding:
+`model(inputs)` forgets, `model(inputs, state)` continues from `state` and returns the next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hippodrome.part import BadInput, Part
+from hippodrome.state import State
+from hippodrome.task import Batch
+
+S = TypeVar("S", bound=State)
+
+Aux = Mapping[str, Tensor]
+"""Extra results of a channel mixer by name: "loss/..." is added to the training loss, anything else is a gauge."""
+
+
+class Fp32Parameters(nn.Module):
+    """A module whose own parameters and buffers stay fp32 when the model is cast to half precision.
+
+    Decays and time steps near one lose their meaning in bf16, so `model.to(torch.bfloat16)` moves them but never rounds
+    them. Submodules are left alone.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class Mixer(Part, nn.Module, Generic[S], folder="mixers"):
+    """Moves information along the sequence: (B, L, D) -> (B, L, D).
+
+    Built as `config.build(d_model)`. `lengths` (B,) int64 counts each row's real tokens, the rest is right padding: the
+    outputs of real tokens and the state returned are those of the row alone (outputs of padding are finite, no more).
+    """
+
+    causal: bool = True
+    residual_out: ClassVar[tuple[str, ...]] = ()
+    """Names of the linear maps that write into the residual stream: their init is divided by sqrt(2 n_layer)."""
+
+    def forward(self, x: Tensor, state: S | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, S | None]:
+        """Outputs (B, L, D), and the state after the last real token if a state was given (None otherwise)."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_len: int | None = None) -> S:
+        """The state of `batch` rows that have seen nothing. `max_len`: room for so many tokens at once; None: grow.
+
+        A mixer that is not causal has no state and raises `BadInput`.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: S) -> tuple[Tensor, S]:
+        """One token (B, D) -> (B, D). Equal to `forward` on a sequence of one; override it for speed only."""
+        y, after = self(x.unsqueeze(1), state)
+        return y.squeeze(1), after
+
+
+class ChannelMixer(Part, nn.Module, folder="channels"):
+    """Moves information within a position: (B, L, D) -> (B, L, D). Built as `config.build(d_model)`."""
+
+    residual_out: ClassVar[tuple[str, ...]] = ()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
+        """Outputs, and named extra losses and gauges."""
+        raise NotImplementedError
+
+
+class Embed(Part, nn.Module, folder="embeds"):
+    """Inputs to vectors: ids (B, L) or signals (B, L, C) -> (B, L, D). Built as `config.build(d_model)`."""
+
+    def forward(self, inputs: Tensor, position: Tensor | None = None) -> Tensor:
+        """`position` (B,) int64: how many tokens each row has seen before; None means zero."""
+        raise NotImplementedError
+
+
+class Readout(Part, nn.Module, folder="readouts"):
+    """Vectors to what the task asks for. Built as `config.build(d_model, embed)`, so that it may tie weights."""
+
+    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits of hidden vectors (B, L, D)."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum, count) of the cross entropy in nats; the logits need not exist all at once."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One residual block: x + mixer(norm(x)), then x + channel(norm(x))."""
+
+    mixer: Mixer.Config
+    channel: ChannelMixer.Config | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model is its width, its blocks in order (a hybrid is just a tuple), what goes in and what comes out."""
+
+    d_model: int
+    blocks: tuple[BlockConfig, ...]
+    embed: Embed.Config
+    readout: Readout.Config
+    init_std: float = 0.02
+
+    def build(self) -> Model:
+        """The model with fresh weights, drawn from torch's global generator."""
+        if self.d_model < 1 or not self.blocks:
+            raise BadInput(f"a model needs d_model >= 1 and at least one block, not {self.d_model} and {len(self.blocks)}")
+        return Model(self)
+
+
+def _norm(kind: str, d_model: int) -> nn.Module:
+    return nn.LayerNorm(d_model) if kind == "layer" else nn.RMSNorm(d_model, eps=1e-6)
+
+
+class Block(nn.Module):
+    """A pre-norm residual unit: mixer, then channel mixer."""
+
+    def __init__(self, config: BlockConfig, d_model: int) -> None:
+        super().__init__()
+        self.mixer_norm = _norm(config.norm, d_model)
+        self.mixer: Mixer[Any] = config.mixer.build(d_model)
+        self.channel_norm = _norm(config.norm, d_model) if config.channel else None
+        self.channel: ChannelMixer | None = config.channel.build(d_model) if config.channel else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State | None, Aux]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, lengths=lengths)
+        x = x + self.dropout(mixed)
+        return *self._channel(x, state),
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State | None, Aux]:
+        """One token: x (B, D)."""
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        return *self._channel(x + self.dropout(mixed), state),
+
+    def _channel(self, x: Tensor, state: State | None) -> tuple[Tensor, State | None, Aux]:
+        if self.channel is None:
+            return x, state, {}
+        assert self.channel_norm is not None
+        mixed, aux = self.channel(self.channel_norm(x))
+        return x + self.dropout(mixed), state, aux
+
+
+@dataclass(frozen=True)
+class ModelState(State):
+    """What a model remembers: tokens seen by each row (B,) int64, and the state of each block's mixer."""
+
+    position: Tensor
+    blocks: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits: what the readout says, (B, L, V) or (B, classes). state: after the last token, None if none was given."""
+
+    logits: Tensor
+    state: ModelState | None = None
+    aux: Aux = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: cross entropy a target plus extra losses, a scalar to differentiate. parts: (sum, count) by name, detached."""
+
+    total: Tensor
+    parts: Mapping[str, tuple[Tensor, Tensor]]
+    state: ModelState | None = None
+
+
+class Model(nn.Module):
+    """Embedding, blocks, final norm, readout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed: Embed = config.embed.build(config.d_model)
+        self.blocks = nn.ModuleList(Block(block, config.d_model) for block in config.blocks)
+        self.final_norm = _norm(config.blocks[-1].norm, config.d_model)
+        self.readout: Readout = config.readout.build(config.d_model, self.embed)
+        self._init_weights()
+
+    @property
+    def causal(self) -> bool:
+        """Whether every mixer is causal, that is whether the model can remember and generate."""
+        return all(block.mixer.causal for block in self.blocks)
+
+    def forward(self, inputs: Tensor, state: ModelState | None = None, *, lengths: Tensor | None = None) -> Output:
+        """Logits of ids (B, L) or signals (B, L, C), continuing from `state` if one is given.
+
+        `lengths` is (B,) for right padding, or (B, 2) start and stop of each row's real tokens for left and mixed padding;
+        padding changes no real token's output and leaves no trace in the state.
+        """
+        hidden, state, aux, lengths = self._hidden(inputs, state, lengths)
+        return Output(self.readout(hidden, lengths), state, aux)
+
+    def loss(self, batch: Batch, state: ModelState | None = None) -> Loss:
+        """Mean cross entropy over the batch's targets, without ever holding all logits of a large vocabulary."""
+        hidden, state, aux, lengths = self._hidden(batch.inputs, state, batch.lengths)
+        nats, count = self.readout.loss(hidden, Batch(batch.inputs, batch.targets, lengths))
+        extra = sum((value for name, value in aux.items() if name.startswith("loss/")), torch.zeros_like(nats))
+        one = torch.ones_like(nats)
+        parts = {"loss": (nats.detach(), count)} | {name: (value.detach(), one) for name, value in aux.items()}
+        return Loss(nats / count.clamp(min=1) + extra, parts, state)
+
+    def init_state(self, batch: int, max_len: int | None = None) -> ModelState:
+        """The state of `batch` rows that have seen nothing. `max_len`: room for so many tokens at once; None: grow."""
+        device = next(self.parameters()).device
+        blocks = tuple(block.mixer.init_state(batch, max_len) for block in self.blocks)
+        return ModelState(torch.zeros(batch, dtype=torch.int64, device=device), blocks)
+
+    def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
+        x = self.embed(inputs.unsqueeze(1), state.position).squeeze(1)
+        after = []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x, block_state, _ = block.step(x, block_state)
+            after.append(block_state)
+        logits = self.readout(self.final_norm(x).unsqueeze(1)).squeeze(1)
+        return logits, ModelState(state.position + 1, tuple(after))
+
+    def _hidden(
+        self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, ModelState | None, Aux, Tensor | None]:
+        """Final hidden vectors, state, extras, and lengths in the form that readouts take."""
+        aligned, undo = inputs, None
+        if lengths is not None and lengths.dim() == 2:
+            aligned, undo = _left_align(inputs, lengths)
+        counts = lengths if undo is None else lengths[:, 1] - lengths[:, 0]
+        x = self.embed(aligned, None if state is None else state.position)
+        after: list[Any] = []
+        aux: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state.blocks[i]
+            x, block_state, extras = self._block(block, x, before, counts)
+            after.append(block_state)
+            for name, value in extras.items():
+                aux[name] = aux[name] + value if name in aux else value
+        if state is not None:
+            seen = inputs.shape[1] if counts is None else counts
+            state = ModelState(state.position + seen, tuple(after))
+        hidden = self.final_norm(x)
+        return hidden if undo is None else undo(hidden), state, aux, lengths
+
+    def _block(
+        self, block: nn.Module, x: Tensor, state: State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State | None, Aux]:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, state, lengths, use_reentrant=False)
+        return block(x, state, lengths)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """GPT-2's: N(0, init_std) for linear maps and embeddings, smaller where a map writes into the residual stream."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            for name in getattr(module, "residual_out", ()):
+                nn.init.normal_(module.get_submodule(name).weight, std=std / math.sqrt(2 * len(self.blocks)))
+
+
+def _left_align(inputs: Tensor, spans: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Rows rolled so that each real span begins at column 0, and the function that rolls hidden vectors back."""
+    length = inputs.shape[1]
+    columns = torch.arange(length, device=inputs.device)
+    start = spans[:, :1]
+
+    def take(rows: Tensor, index: Tensor) -> Tensor:
+        index = index.reshape(*index.shape, *[1] * (rows.dim() - 2)).expand(*index.shape, *rows.shape[2:])
+        return rows.gather(1, index)
+
+    return take(inputs, (columns + start) % length), lambda hidden: take(hidden, (columns - start) % length)

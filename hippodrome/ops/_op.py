@@ -1,0 +1,112 @@
+"""Op: a reference that anyone can read, and faster backends that state when they do not apply."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hippodrome.part import BadInput, nearest
+
+log = logging.getLogger(__name__)
+
+WhyNot = Callable[..., str | None]
+
+PREFERENCE = ("triton", "cpu", "reference")
+"""The order in which backends are asked."""
+
+_forced: str | None = None
+_said: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: what runs, and a function of the same arguments that says why it cannot (None: it can)."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: WhyNot
+
+
+class Op:
+    """One mathematics, several implementations. Calling the op runs the first backend that can take the arguments.
+
+    The reference takes everything. `use_backend(name)` asks for one by name, and then a refusal is an error that gives
+    the backend's reason; an automatic choice that passes over a backend is logged once.
+    """
+
+    def __init__(self, reference: Callable[..., Any]) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self._backends: dict[str, Backend] = {}
+        functools.update_wrapper(self, reference)
+
+    def backend(self, name: str, *, why_not: WhyNot) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register an implementation of this op under `name`."""
+        if name not in PREFERENCE:
+            raise ValueError(f"backend {name!r}: {nearest(name, PREFERENCE)}")
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self._backends[name] = Backend(name, run, why_not)
+            return run
+
+        return register
+
+    @property
+    def backends(self) -> list[str]:
+        """Names of the backends this op has, in order of preference."""
+        return [name for name in PREFERENCE if name in self._backends or name == "reference"]
+
+    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """For each backend "ok" or the reason why it cannot take these arguments."""
+        return {name: self._why_not(name, *args, **kwargs) or "ok" for name in self.backends}
+
+    def choose(self, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that a call with these arguments runs."""
+        if _forced is not None:
+            return self._check(_forced, *args, **kwargs)
+        for name in self.backends:
+            reason = self._why_not(name, *args, **kwargs)
+            if reason is None:
+                return name
+            self._say_once(name, reason)
+        raise AssertionError("the reference takes every call")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.choose(*args, **kwargs)
+        run = self.reference if name == "reference" else self._backends[name].run
+        return run(*args, **kwargs)
+
+    def _say_once(self, name: str, reason: str) -> None:
+        if not torch.compiler.is_compiling() and (self.name, name) not in _said:
+            _said.add((self.name, name))
+            log.info("%s passes over its backend %s: %s", self.name, name, reason)
+
+    def _why_not(self, name: str, *args: Any, **kwargs: Any) -> str | None:
+        return None if name == "reference" else self._backends[name].why_not(*args, **kwargs)
+
+    def _check(self, name: str, *args: Any, **kwargs: Any) -> str:
+        if name not in self.backends:
+            raise BadInput(f"{self.name} has no backend {name!r}: {nearest(name, self.backends)}")
+        reason = self._why_not(name, *args, **kwargs)
+        if reason is not None:
+            raise BadInput(f"{self.name} cannot run on the backend {name!r} asked for: {reason}")
+        return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every op runs on the backend `name`, or raises with the reason why it cannot. None: automatic."""
+    global _forced
+    if name is not None and name not in PREFERENCE:
+        raise BadInput(f"backend {name!r}: {nearest(name, PREFERENCE)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,87 @@
+"""Task: what is learned and how it is scored; Batch: one draw of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hippodrome.part import BadInput, Part
+
+Split = Literal["train", "valid", "test"]
+
+IGNORE = -100
+"""A target that no loss and no score counts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch.
+
+    inputs: token ids (B, L) int64, or signals (B, L, C) float32. targets: ids (B, L), or one label a row (B,); `IGNORE`
+    where nothing is asked. lengths: real tokens a row (B,), the rest is right padding; or their spans (B, 2) as start and
+    stop, for left or mixed padding; None when all are real. starts: (B,) bool, False where the row continues the same row
+    of the batch before it, so that a carried state must be kept; None when every row starts anew.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        move = [None if t is None else t.to(device, non_blocking=True) for t in
+                (self.inputs, self.targets, self.lengths, self.starts)]
+        return Batch(*move)  # type: ignore[arg-type]
+
+
+class Task(Part, folder="tasks"):
+    """What is learned. `batch` is a pure function of its arguments and the config's seed: resuming needs no loader state."""
+
+    headline: str = "accuracy"
+    """The score that tables show first."""
+    higher_is_better: bool = True
+
+    def batch(self, split: Split, index: int, size: int) -> Batch:
+        """Batch number `index` of `size` rows. Training data repeats in a new order every epoch; other splits end."""
+        raise NotImplementedError
+
+    def size(self, split: Split) -> int | None:
+        """Rows in a split; None when it never ends. Scoring visits each row once, the last batch may be smaller."""
+        raise NotImplementedError
+
+    def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """name -> (sum, count), so that scores add over batches and machines."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what a run needs to be used without the data (a tokenizer). Nothing by default."""
+
+    def report(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """Final scores from the summed (sum, count) of all batches: by default each sum over its count."""
+        return {name: total / max(count, 1.0) for name, (total, count) in totals.items()}
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(hits, count) of argmax over the last axis, where targets are not `IGNORE`."""
+    asked = targets != IGNORE
+    return ((logits.argmax(-1) == targets) & asked).sum(), asked.sum()
+
+
+def shuffled_rows(n: int, index: int, size: int, seed: int) -> Tensor:
+    """Row numbers of training batch `index`: epoch after epoch, each a permutation of n drawn from (seed, epoch)."""
+    if n < 1:
+        raise BadInput("a training split needs at least one row")
+    rows, start = [], index * size
+    while size > 0:
+        epoch, offset = divmod(start, n)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        rows.append(torch.randperm(n, generator=generator)[offset : offset + size])
+        size -= len(rows[-1])
+        start += len(rows[-1])
+    return torch.cat(rows)
