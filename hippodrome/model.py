@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,21 +143,21 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State | None, Aux]:
-        mixed, state = self.mixer(self.mixer_norm(x), state, lengths=lengths)
-        x = x + self.dropout(mixed)
-        return *self._channel(x, state),
+        mixed, after = self.mixer(self.mixer_norm(x), state, lengths=lengths)
+        x, aux = self._mix_channels(x + self.dropout(mixed))
+        return x, after, aux
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State | None, Aux]:
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x (B, D)."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), state)
-        return *self._channel(x + self.dropout(mixed), state),
+        mixed, after = self.mixer.step(self.mixer_norm(x), state)
+        x, _ = self._mix_channels(x + self.dropout(mixed))
+        return x, after
 
-    def _channel(self, x: Tensor, state: State | None) -> tuple[Tensor, State | None, Aux]:
-        if self.channel is None:
-            return x, state, {}
-        assert self.channel_norm is not None
+    def _mix_channels(self, x: Tensor) -> tuple[Tensor, Aux]:
+        if self.channel is None or self.channel_norm is None:
+            return x, {}
         mixed, aux = self.channel(self.channel_norm(x))
-        return x + self.dropout(mixed), state, aux
+        return x + self.dropout(mixed), aux
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,13 @@ class Model(nn.Module):
         self._init_weights()
 
     @property
+    def _stack(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    @property
     def causal(self) -> bool:
         """Whether every mixer is causal, that is whether the model can remember and generate."""
-        return all(block.mixer.causal for block in self.blocks)
+        return all(block.mixer.causal for block in self._stack)
 
     def forward(self, inputs: Tensor, state: ModelState | None = None, *, lengths: Tensor | None = None) -> Output:
         """Logits of ids (B, L) or signals (B, L, C), continuing from `state` if one is given.
@@ -225,15 +229,15 @@ class Model(nn.Module):
     def init_state(self, batch: int, max_len: int | None = None) -> ModelState:
         """The state of `batch` rows that have seen nothing. `max_len`: room for so many tokens at once; None: grow."""
         device = next(self.parameters()).device
-        blocks = tuple(block.mixer.init_state(batch, max_len) for block in self.blocks)
+        blocks = tuple(block.mixer.init_state(batch, max_len) for block in self._stack)
         return ModelState(torch.zeros(batch, dtype=torch.int64, device=device), blocks)
 
     def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
         x = self.embed(inputs.unsqueeze(1), state.position).squeeze(1)
         after = []
-        for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            x, block_state, _ = block.step(x, block_state)
+        for block, block_state in zip(self._stack, state.blocks, strict=True):
+            x, block_state = block.step(x, block_state)
             after.append(block_state)
         logits = self.readout(self.final_norm(x).unsqueeze(1)).squeeze(1)
         return logits, ModelState(state.position + 1, tuple(after))
@@ -242,14 +246,14 @@ class Model(nn.Module):
         self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
     ) -> tuple[Tensor, ModelState | None, Aux, Tensor | None]:
         """Final hidden vectors, state, extras, and lengths in the form that readouts take."""
-        aligned, undo = inputs, None
+        aligned, undo, counts = inputs, None, lengths
         if lengths is not None and lengths.dim() == 2:
             aligned, undo = _left_align(inputs, lengths)
-        counts = lengths if undo is None else lengths[:, 1] - lengths[:, 0]
+            counts = lengths[:, 1] - lengths[:, 0]
         x = self.embed(aligned, None if state is None else state.position)
         after: list[Any] = []
         aux: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._stack):
             before = None if state is None else state.blocks[i]
             x, block_state, extras = self._block(block, x, before, counts)
             after.append(block_state)
@@ -279,7 +283,8 @@ class Model(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             for name in getattr(module, "residual_out", ()):
-                nn.init.normal_(module.get_submodule(name).weight, std=std / math.sqrt(2 * len(self.blocks)))
+                linear = cast(nn.Linear, module.get_submodule(name))
+                nn.init.normal_(linear.weight, std=std / math.sqrt(2 * len(self.blocks)))
 
 
 def _left_align(inputs: Tensor, spans: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

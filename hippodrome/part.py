@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast
 
 T = TypeVar("T")
 P = TypeVar("P", bound="Part")
@@ -67,7 +67,8 @@ class Part:
             cls.folder = folder
         if "Config" not in cls.__dict__:
             inherited = cls.Config
-            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (inherited,), {"__module__": cls.__module__}))
+            plain = type("Config", (inherited,), {"__module__": cls.__module__})
+            type.__setattr__(cls, "Config", dataclass(frozen=True, kw_only=True)(plain))
         cls.Config.part = cls
         cls.Config.__qualname__ = f"{cls.__qualname__}.Config"
 
@@ -89,7 +90,9 @@ def find(slot: type[P], name: str) -> type[P]:
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, slot) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, slot)
+        and value.__module__ == module.__name__
         and not value.__name__.startswith("_")
     ]
     if len(found) != 1:
@@ -126,7 +129,7 @@ def to_dict(config: Any) -> Any:
 
 def from_dict(kind: type[T], data: Any, where: str = "config") -> T:
     """The config of type `kind` that `to_dict` wrote as `data`. An unknown field raises, naming the nearest."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) or isinstance(kind, type) and issubclass(kind, Choice):
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Choice)):
         return _dataclass_from(kind, data, where)
     origin = typing.get_origin(kind)
     if origin in (Union, types.UnionType):
@@ -138,11 +141,11 @@ def from_dict(kind: type[T], data: Any, where: str = "config") -> T:
         allowed = typing.get_args(kind)
         if data not in allowed:
             raise BadInput(f"{where} is {data!r}: {nearest(str(data), map(str, allowed))}")
-        return data
+        return cast(T, data)
     if kind is float and type(data) is int:
         return float(data)  # type: ignore[return-value]
     _expect(isinstance(kind, type) and type(data) is kind, where, getattr(kind, "__name__", str(kind)), data)
-    return data
+    return cast(T, data)
 
 
 def _dataclass_from(kind: Any, data: Any, where: str) -> Any:
@@ -176,7 +179,8 @@ def _choice(kind: type[Choice], name: Any, where: str) -> type[Choice]:
     return found[name]
 
 
-def _subclasses(kind: type) -> Iterable[type]:
+def _subclasses(kind: type[T]) -> Iterable[type[T]]:
+    sub: type[T]
     for sub in kind.__subclasses__():
         yield sub
         yield from _subclasses(sub)

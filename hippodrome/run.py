@@ -1,17 +1,16 @@
 """A run: what is trained, on what and how, and the folder that one execution leaves behind.
 
-    runs/NAME/config.json        the RunConfig
-              metrics.jsonl      one JSON object a logged step
-              model.safetensors  the weights at the end
-              report.json        scores, with provenance
-              checkpoints/       step-00001000/ and so on, the last few
-              tokenizer.json     for runs on text
+runs/NAME/config.json        the RunConfig
+          metrics.jsonl      one JSON object a logged step
+          model.safetensors  the weights at the end
+          report.json        scores, with provenance
+          checkpoints/       step-00001000/ and so on, the last few
+          tokenizer.json     for runs on text
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -139,7 +138,7 @@ def provenance(seed: int | None = None, device: torch.device | None = None) -> d
 
     on_gpu = device is not None and device.type == "cuda"
     return {
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seed": seed,

@@ -27,7 +27,12 @@ class State:
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in the order of its fields."""
         found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
         return found
 
     def reorder(self, rows: Tensor) -> Self:

@@ -35,8 +35,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        move = [None if t is None else t.to(device, non_blocking=True) for t in
-                (self.inputs, self.targets, self.lengths, self.starts)]
+        move = [
+            None if t is None else t.to(device, non_blocking=True)
+            for t in (self.inputs, self.targets, self.lengths, self.starts)
+        ]
         return Batch(*move)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ class DiagonalState(State):
 class Diagonal(LTI[DiagonalState]):
     """A system with a diagonal state matrix: it has to state its modes, and all else follows.
 
-        z_t = exp(log_modes) z_(t-1) + u_t,    y_t = Re sum_n weights_n z_t,n + D u_t
+    z_t = exp(log_modes) z_(t-1) + u_t,    y_t = Re sum_n weights_n z_t,n + D u_t
     """
 
     def modes(self) -> tuple[Tensor, Tensor]:
