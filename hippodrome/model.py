@@ -232,6 +232,16 @@ class Model(nn.Module):
         blocks = tuple(block.mixer.init_state(batch, max_len) for block in self._stack)
         return ModelState(torch.zeros(batch, dtype=torch.int64, device=device), blocks)
 
+    def prefill(self, inputs: Tensor, state: ModelState, *, lengths: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """Logits (B, V) of each row's last real token and the next state: a prompt, without the logits of all of it."""
+        hidden, after, _, _ = self._hidden(inputs, state, lengths)
+        assert after is not None
+        if lengths is None:
+            return self.readout(hidden[:, -1:]).squeeze(1), after
+        stop = lengths if lengths.dim() == 1 else lengths[:, 1]
+        last = (stop - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
+        return self.readout(hidden.gather(1, last)).squeeze(1), after
+
     def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
         x = self.embed(inputs.unsqueeze(1), state.position).squeeze(1)

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from hippodrome.files import replacing as replacing
+from hippodrome.files import write_json as write_json
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.task import Task
@@ -93,26 +91,6 @@ class RunConfig:
     model: ModelConfig
     task: Task.Config
     train: TrainConfig
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON beside `path`, then rename: a reader sees the old file or the new one."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(data, indent=2) + "\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` (a file or a folder) that takes its place when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield folder / path.name
-        if path.is_dir():
-            path.rename(folder / "old")
-        (folder / path.name).rename(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Batch:
             for t in (self.inputs, self.targets, self.lengths, self.starts)
         ]
         return Batch(*move)  # type: ignore[arg-type]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The rows `start` to `stop` of the batch."""
+        cut = [None if t is None else t[start:stop] for t in (self.inputs, self.targets, self.lengths, self.starts)]
+        return Batch(*cut)  # type: ignore[arg-type]
 
 
 class Task(Part, folder="tasks"):
@@ -82,8 +88,21 @@ def shuffled_rows(n: int, index: int, size: int, seed: int) -> Tensor:
     rows, start = [], index * size
     while size > 0:
         epoch, offset = divmod(start, n)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        rows.append(torch.randperm(n, generator=generator)[offset : offset + size])
+        rows.append(_permutation(n, seed, epoch)[offset : offset + size])
         size -= len(rows[-1])
         start += len(rows[-1])
     return torch.cat(rows)
+
+
+def ordered_rows(n: int, index: int, size: int) -> Tensor:
+    """Row numbers of batch `index` of a split that is visited once, in order. The last batch may be smaller."""
+    if index * size >= n:
+        raise IndexError(f"batch {index} of {size} rows: the split has only {n} rows")
+    return torch.arange(index * size, min((index + 1) * size, n))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """Kept between calls, since every batch of an epoch asks for the same one."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator)

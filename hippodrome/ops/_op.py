@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 WhyNot = Callable[..., str | None]
 
-PREFERENCE = ("triton", "cpu", "reference")
+PREFERENCE = ("triton", "cpu", "sdpa", "chunked", "reference")
 """The order in which backends are asked."""
 
 _forced: str | None = None

@@ -1,0 +1,308 @@
+"""The command: a verb is a function of this file, its signature its command line.
+
+A verb that takes recipes has a parameter `recipe` (one, with its name) or `recipes` (by name); the flags of the recipes follow
+the verb's own. What a user did wrong ends in one line and exit code 2, Ctrl-C in 130; anything else is a bug and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from hippodrome import __version__, flags
+from hippodrome.generation import Sampling
+from hippodrome.part import BadInput, nearest
+from hippodrome.recipes import find_recipe
+from hippodrome.run import RunConfig
+from hippodrome.task import Split
+
+if TYPE_CHECKING:
+    from hippodrome.task import Task
+
+Run = Annotated[Positional[Path], arg(metavar="RUN")]
+Name = Annotated[Positional[str], arg(metavar="NAME")]
+_GIVEN = ("recipe", "recipes")
+
+
+def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: bool = False) -> None:
+    """Train a model: hippodrome train RECIPE [flags]. Recipes are shown by `hippodrome list`.
+
+    Args:
+        out: The folder of the run; by default runs/RECIPE.
+        resume: Continue the run in that folder from its newest whole checkpoint.
+    """
+    from hippodrome.progress import ProgressDisplay
+    from hippodrome.train import train as train_run
+
+    name, config = recipe
+    folder = out or Path("runs") / name
+    with ProgressDisplay(name) as watch:
+        report = train_run(config, folder, resume=resume, watch=watch)
+    _print_scores(report["scores"])
+    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}")
+
+
+def generate(
+    run: Run,
+    *,
+    prompt: tuple[str, ...] = ("",),
+    max_new_tokens: int = 200,
+    sampling: Sampling = Sampling(temperature=0.8, top_p=0.95),
+    stop: tuple[str, ...] = (),
+    device: str = "auto",
+) -> None:
+    """Continue prompts with a trained language model: one is streamed, several are a batch, printed in order.
+
+    Args:
+        run: The run's folder.
+        prompt: One text or several; an empty one starts a document.
+        max_new_tokens: Tokens to write at most.
+        stop: Texts that end the writing.
+        device: auto, cpu, cuda, cuda:1 and so on.
+    """
+    from hippodrome import generation
+    from hippodrome.checkpoint import load
+
+    tokenizer = _tokenizer(run)
+    model = load(run, device=device)
+    if len(prompt) == 1:
+        sys.stdout.write(prompt[0])
+        for piece in generation.stream_text(model, tokenizer, prompt[0], max_new_tokens, sampling=sampling, stop=stop):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+        return
+    rows = generation.generate(model, prompt, max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer)
+    for text, row in zip(prompt, rows, strict=True):
+        print(f"{text}{tokenizer.decode(row)}\n")
+
+
+def eval_(
+    run: Run,
+    *,
+    split: Split = "test",
+    batch_size: int | None = None,
+    max_batches: int | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> None:
+    """Score a trained model on held-out data; the scores are printed and written to RUN/eval.json.
+
+    Args:
+        run: The run's folder.
+        split: Which data to score on.
+        batch_size: Rows scored at once; by default as in training.
+        max_batches: Score only so many batches; by default all.
+        device: auto, cpu, cuda, cuda:1 and so on.
+        precision: fp32, or autocast to bf16 or fp16.
+    """
+    from hippodrome.checkpoint import load
+    from hippodrome.evaluate import evaluate
+    from hippodrome.run import provenance, read_config, write_json
+
+    config = read_config(run)
+    task: Task = config.task.build()
+    model = load(run, device=device)
+    size = config.train.batch_size if batch_size is None else batch_size
+    scores = evaluate(model, task, split, batch_size=size, max_batches=max_batches, precision=precision)
+    where = next(model.parameters()).device
+    facts = {"split": split, "scores": scores, "max_batches": max_batches, "provenance": provenance(None, where)}
+    write_json(run / "eval.json", facts)
+    _print_scores({split: scores})
+
+
+def compare(
+    recipes: dict[str, RunConfig],
+    *,
+    out: Path | None = None,
+    seeds: int = 1,
+    match_parameters: bool = True,
+    tolerance: float = 0.02,
+    resume: bool = False,
+) -> None:
+    """Race recipes: equal parameters, tokens and data order; a table and a picture. hippodrome compare RECIPE... [flags].
+
+    The first recipe sets the number of parameters; the width of the others' channel mixers is changed until they agree. A flag
+    of recipes goes to all of them.
+
+    Args:
+        out: The folder of the comparison; by default runs/compare-RECIPE-RECIPE.
+        seeds: Runs of each recipe, with seeds that follow its own.
+        match_parameters: Make the numbers of parameters equal.
+        tolerance: Largest relative difference in parameters.
+        resume: Continue a comparison; finished runs in it are not trained again.
+    """
+    from hippodrome.compare import compare as compare_runs
+    from hippodrome.compare import print_table
+
+    folder = out or Path("runs") / "-".join(["compare", *recipes])
+    settings: dict[str, Any] = {"seeds": seeds, "match_parameters": match_parameters, "tolerance": tolerance, "resume": resume}
+    report = compare_runs(recipes, folder, **settings)
+    print_table(report)
+    print(f"report.json and curves.png are in {folder}")
+
+
+def list_() -> None:
+    """What there is: recipes, and the parts by the folder of their slot."""
+    from hippodrome import catalog
+
+    print(catalog.overview())
+
+
+def show(name: Name) -> None:
+    """One part or recipe: its equation, its files, its fields and their defaults, the recipes that use it.
+
+    Args:
+        name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3).
+    """
+    from hippodrome import catalog
+
+    print(catalog.describe(name))
+
+
+def convert(
+    kind: Annotated[Positional[Literal["h3"]], arg(metavar="{h3}")],
+    checkpoint: Annotated[Positional[Path], arg(metavar="CKPT")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    *,
+    n_head: int | None = None,
+) -> None:
+    """Make a run of a checkpoint that the authors of a system published: hippodrome convert h3 CKPT OUT.
+
+    Args:
+        kind: Whose checkpoint it is.
+        checkpoint: The file.
+        out: The folder of the run that is written.
+        n_head: Attention heads, which the file does not hold; known for the published sizes.
+    """
+    from hippodrome.convert import convert_h3
+
+    convert_h3(checkpoint, out, n_head=n_head)
+    print(f"converted; the run is in {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (by default this process's) and return its exit code."""
+    try:
+        with _one_line_warnings():
+            _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has left. What is still buffered must not raise again when Python closes it.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BadInput as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C", code=130)
+    return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print("hippodrome:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"hippodrome: {message}\n"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if words[0] == "--version":
+        print(f"hippodrome {__version__}")
+        return
+    if words[0] not in VERBS:
+        raise BadInput(f"no verb is called {words[0]!r}: {nearest(words[0], VERBS)}")
+    verb, rest, prog = VERBS[words[0]], words[1:], f"hippodrome {words[0]}"
+    takes_recipes = set(inspect.signature(verb).parameters) & set(_GIVEN)
+    if not takes_recipes and {"-h", "--help"} & set(rest):
+        print(flags.help_text({words[0]: verb}, prog=prog))
+        return
+    if takes_recipes:
+        _with_recipes(verb, rest, prog)
+        return
+    named, unknown = flags.parse(verb, rest, prog=prog)
+    flags.refuse(unknown, [verb], prog=prog)
+    verb(**named)
+
+
+def _with_recipes(verb: Callable[..., None], words: list[str], prog: str) -> None:
+    """Parse the verb's own flags, then the rest as the names of recipes and flags that every one of them takes."""
+    wants_help = bool({"-h", "--help"} & set(words))
+    named, rest = flags.parse(verb, [word for word in words if word not in ("-h", "--help")], prog=prog, given=_GIVEN)
+    first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    names, rest = rest[:first_flag], rest[first_flag:]
+    found = {name: find_recipe(name) for name in names}
+    if wants_help:
+        groups = {prog.rpartition(" ")[2]: verb, **dict(list(found.items())[:1])}
+        print(flags.help_text(groups, prog=" ".join([prog, *names[:1]]), given=_GIVEN))
+        return
+    one = "recipe" in inspect.signature(verb).parameters
+    if not names or (one and len(names) > 1):
+        wanted = "one recipe" if one else "the names of recipes"
+        raise BadInput(f"{prog} needs {wanted} before the flags, not {' '.join(names) or 'none'}: see hippodrome list")
+    configs: dict[str, RunConfig] = {}
+    for name, function in found.items():
+        arguments, unknown = flags.parse(function, rest, prog=f"{prog} {name}")
+        flags.refuse(unknown, [verb, function], prog=f"{prog} {name}", given=_GIVEN)
+        configs[name] = function(**arguments)
+    verb(next(iter(configs.items())) if one else configs, **named)
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {(inspect.getdoc(verb) or '').partition(chr(10))[0]}" for name, verb in VERBS.items()]
+    head = f"hippodrome {__version__}: train, sample, score, time and compare long-sequence models under the same rules."
+    return "\n".join([head, "", *lines, "", "hippodrome VERB --help and hippodrome train RECIPE --help show the flags."])
+
+
+def _tokenizer(run: Path) -> Any:
+    from hippodrome.tokenizer import Tokenizer
+
+    if run.is_dir() and not (run / "tokenizer.json").is_file():
+        raise BadInput(f"{run} has no tokenizer.json: it is no run on text")
+    return Tokenizer.load(run)
+
+
+def _print_scores(scores: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = sorted({name for row in scores.values() for name in row})
+    table = Table("split", *[name.replace("_", " ") for name in names])
+    for split, row in scores.items():
+        table.add_row(split, *[f"{row[name]:.4f}" if name in row else "" for name in names])
+    Console().print(table)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "generate": generate,
+    "eval": eval_,
+    "compare": compare,
+    "list": list_,
+    "show": show,
+    "convert": convert,
+}
+"""Verb -> function. Declared here, where a reader looks for what the command can do."""

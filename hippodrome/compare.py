@@ -1,0 +1,283 @@
+"""Race recipes: equal parameters, the same tokens in the same order, several seeds; one table and one picture.
+
+FOLDER/report.json      the table's numbers, with provenance
+       curves.png       training loss, validation score and, where timed, the cost of a token
+       NAME-seed0/      the run of each recipe and seed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hippodrome.model import ModelConfig
+from hippodrome.part import BadInput, to_dict
+from hippodrome.run import RunConfig, provenance, write_json
+from hippodrome.train import Progress, train
+
+if TYPE_CHECKING:
+    from hippodrome.plots import Panel
+
+Display = Callable[[str], AbstractContextManager[Callable[[Progress], None]]]
+"""What is shown of one run, by its title."""
+
+
+def compare(
+    recipes: Mapping[str, RunConfig],
+    folder: Path,
+    *,
+    seeds: int = 1,
+    match_parameters: bool = True,
+    tolerance: float = 0.02,
+    contexts: Sequence[int] = (),
+    new_tokens: int = 32,
+    resume: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train every recipe with every seed, score all on the test split, and return the report (also report.json).
+
+    The first recipe sets the number of parameters (see `match`). `contexts`: prompt lengths after which generation is timed,
+    `new_tokens` steps each. With `resume` an earlier comparison in `folder` goes on, and its finished runs are not trained
+    again. Raises `BadInput` where the recipes cannot be compared, before anything is written.
+    """
+    if not recipes:
+        raise BadInput("there is no recipe to compare")
+    if seeds < 1:
+        raise BadInput(f"seeds is {seeds}: it must be at least 1")
+    if min(contexts, default=1) < 1 or new_tokens < 1:
+        raise BadInput(f"contexts {list(contexts)} and new_tokens {new_tokens} must be at least 1")
+    check_budgets(recipes)
+    if match_parameters:
+        recipes = match(recipes, tolerance)
+    if folder.exists() and not resume and (folder.is_file() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is there already: choose another with --out, or continue it with --resume")
+
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
+    for seed in range(seeds):
+        # Seed by seed, so that a comparison that is stopped early still has every competitor.
+        for name, config in recipes.items():
+            run = folder / f"{name}-seed{seed}"
+            settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
+            title = f"{name} seed {seed}" if seeds > 1 else name
+            report = _train(dataclasses.replace(config, train=settings), run, title, display)
+            runs[name].append({"folder": run.name, **report})
+    results = {name: _summary(reports) for name, reports in runs.items()}
+    if contexts:
+        for name in recipes:
+            results[name]["generation"] = time_contexts(folder / runs[name][0]["folder"], contexts, new_tokens)
+    first = next(iter(recipes.values()))
+    report = {
+        "task": to_dict(first.task),
+        "headline": runs[next(iter(runs))][0]["headline"],
+        "seeds": seeds,
+        "results": results,
+        "provenance": provenance(first.train.seed),
+    }
+    write_json(folder / "report.json", report)
+    _draw(folder, report)
+    return report
+
+
+def check_budgets(recipes: Mapping[str, RunConfig]) -> None:
+    """`BadInput` naming the first thing that would give two recipes other tokens or another order of them."""
+    (first_name, first), *others = recipes.items()
+    wanted = _budget(first)
+    for name, config in others:
+        budget = _budget(config)
+        for field in wanted | budget:
+            if wanted.get(field) != budget.get(field):
+                values = f"{wanted.get(field)!r} and {budget.get(field)!r}"
+                raise BadInput(
+                    f"{first_name} and {name} would not see the same tokens: their {field} are {values}; "
+                    f"give --{field.replace('_', '-')} to both"
+                )
+
+
+def _budget(config: RunConfig) -> dict[str, Any]:
+    settings = {name: getattr(config.train, name) for name in ("steps", "batch_size", "carry_state")}
+    return {**to_dict(config.task), **settings}
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """How many numbers a model learns. Nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model.build().parameters())
+
+
+def match(recipes: Mapping[str, RunConfig], tolerance: float = 0.02) -> dict[str, RunConfig]:
+    """The recipes with d_ff of all but the first changed, where needed, until their parameters agree within `tolerance`."""
+    if not 0 < tolerance < 1:
+        raise BadInput(f"tolerance is {tolerance}: it is a share, above 0 and below 1")
+    (first_name, first), *others = recipes.items()
+    target = count_parameters(first.model)
+    matched = {first_name: first}
+    for name, config in others:
+        model = _resized(config.model, target, tolerance)
+        found = count_parameters(model)
+        if abs(found - target) > tolerance * target:
+            raise BadInput(
+                f"{name} cannot have {target:,} parameters within {tolerance:.0%} as {first_name} has: by its d_ff it comes to "
+                f"{found:,}; change its width or depth, or give --no-match-parameters"
+            )
+        matched[name] = dataclasses.replace(config, model=model)
+    return matched
+
+
+def _resized(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
+    """The model with the d_ff that comes nearest to `target` parameters; itself where it is near enough or has no d_ff."""
+    found = count_parameters(model)
+    if abs(found - target) <= tolerance * target or not any(hasattr(block.channel, "d_ff") for block in model.blocks):
+        return model
+    # Parameters are linear in d_ff, so two points give the rest; a channel mixer that rounds its width may be off by a bit.
+    low, high = count_parameters(_with_d_ff(model, 64)), count_parameters(_with_d_ff(model, 128))
+    guess = max(1, round(64 + 64 * (target - low) / (high - low)))
+    widths = range(max(1, guess - 8), guess + 9)
+    best = min(widths, key=lambda d_ff: (abs(count_parameters(_with_d_ff(model, d_ff)) - target), d_ff))
+    return _with_d_ff(model, best)
+
+
+def _with_d_ff(model: ModelConfig, d_ff: int) -> ModelConfig:
+    blocks = []
+    for block in model.blocks:
+        if block.channel is not None and hasattr(block.channel, "d_ff"):
+            block = dataclasses.replace(block, channel=dataclasses.replace(block.channel, d_ff=d_ff))  # type: ignore[call-arg]
+        blocks.append(block)
+    return dataclasses.replace(model, blocks=tuple(blocks))
+
+
+def time_contexts(run: Path, contexts: Sequence[int], new_tokens: int) -> list[dict[str, float]]:
+    """Generation of a run's model timed after prompts of each length, on the CPU or the GPU as `auto` chooses."""
+    from hippodrome.checkpoint import load
+    from hippodrome.generation import time_generation
+
+    model = load(run, device="auto")
+    return [time_generation(model, length, new_tokens) for length in contexts]
+
+
+def print_table(report: Mapping[str, Any]) -> None:
+    """The table of a report, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results: dict[str, Any] = report["results"]
+    names = list(dict.fromkeys(score for row in results.values() for score in row["scores"]))
+    names.sort(key=lambda name: (name != report["headline"], name))
+    table = Table("recipe", "parameters", title=f"test scores, {report['seeds']} seed{'s' if report['seeds'] > 1 else ''}")
+    for name in [*(name.replace("_", " ") for name in names), "tokens/s"]:
+        table.add_column(name, justify="right")
+    for name, row in results.items():
+        scores = [_plus_minus(row["scores"][score]) if score in row["scores"] else "" for score in names]
+        table.add_row(name, f"{row['parameters']:,}", *scores, f"{row['tokens_per_s']:,.0f}")
+    console = Console()
+    console.print(table)
+    if any("generation" in row for row in results.values()):
+        console.print(_generation_table(results))
+
+
+def _generation_table(results: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("context", title="generation: ms a token, KiB of state")
+    for name in results:
+        table.add_column(name, justify="right")
+    for timings in zip(*[row["generation"] for row in results.values()], strict=True):
+        cells = [f"{1000 * timing['step_s']:.2f} ms  {timing['state_bytes'] / 1024:,.0f} KiB" for timing in timings]
+        table.add_row(f"{timings[0]['prompt_len']}", *cells)
+    return table
+
+
+def _plus_minus(values: Mapping[str, Any]) -> str:
+    spread = f" ± {values['spread']:.4f}" if values["spread"] is not None else ""
+    return f"{values['mean']:.4f}{spread}"
+
+
+def _train(config: RunConfig, run: Path, title: str, display: Display | None) -> dict[str, Any]:
+    resume = (run / "config.json").is_file()
+    if display is None:
+        return train(config, run, resume=resume)
+    with display(title) as watch:
+        return train(config, run, resume=resume, watch=watch)
+
+
+def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Test scores over the seeds: mean, sample standard deviation (None for one seed) and each."""
+    scores = {}
+    for name in reports[0]["scores"]["test"]:
+        values = [report["scores"]["test"][name] for report in reports]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        scores[name] = {"mean": statistics.fmean(values), "spread": spread, "values": values}
+    return {
+        "parameters": reports[0]["parameters"],
+        "tokens": reports[0]["tokens"],
+        "seconds": statistics.fmean(report["seconds"] for report in reports),
+        "tokens_per_s": statistics.fmean(report["tokens"] / report["seconds"] for report in reports),
+        "scores": scores,
+        "runs": [report["folder"] for report in reports],
+    }
+
+
+def _draw(folder: Path, report: Mapping[str, Any]) -> None:
+    from hippodrome import plots
+
+    names = ", ".join(report["results"])
+    plots.draw(folder / "curves.png", panels(folder, report), f"{names}: equal tokens in equal order")
+
+
+def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
+    """Training loss and validation score against tokens; where timed, milliseconds and state a generated token."""
+    from hippodrome.plots import Panel
+
+    logs = {
+        name: [_read_log(folder / run / "metrics.jsonl") for run in row["runs"]] for name, row in report["results"].items()
+    }
+    headline = report["headline"]
+    found = [
+        Panel(
+            title="training loss",
+            x="tokens",
+            y="nats a token",
+            curves={name: [_smooth(log, lambda line: line["loss"]) for log in each] for name, each in logs.items()},
+        ),
+        Panel(
+            title="held-out score while training",
+            x="tokens",
+            y=headline.replace("_", " "),
+            curves={name: [_points(log, lambda line: line["valid"][headline]) for log in each] for name, each in logs.items()},
+            markers=True,
+        ),
+    ]
+    timed = {name: row["generation"] for name, row in report["results"].items() if "generation" in row}
+    if timed:
+
+        def curves(value: Callable[[Mapping[str, float]], float]) -> dict[str, list[Any]]:
+            return {name: [([t["prompt_len"] for t in each], [value(t) for t in each])] for name, each in timed.items()}
+
+        cost = {"x": "tokens of context", "log_x": True, "markers": True}
+        found.append(Panel(title="generation: time", y="ms a token", curves=curves(lambda t: 1000 * t["step_s"]), **cost))
+        memory = curves(lambda t: t["state_bytes"] / 1024)
+        found.append(Panel(title="generation: memory", y="KiB of state a sequence", curves=memory, log_y=True, **cost))
+    return found
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _points(log: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> tuple[list[float], list[float]]:
+    lines = [line for line in log if "valid" in line]
+    return [line["tokens"] for line in lines], [value(line) for line in lines]
+
+
+def _smooth(log: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> tuple[list[float], list[float]]:
+    """Means over stretches, about a hundred a run: single batches are too noisy to read."""
+    width = max(1, math.ceil(len(log) / 100))
+    parts = [log[start : start + width] for start in range(0, len(log), width)]
+    return [part[-1]["tokens"] for part in parts], [statistics.fmean(map(value, part)) for part in parts]

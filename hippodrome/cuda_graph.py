@@ -1,0 +1,68 @@
+"""A training step replayed as one CUDA graph: for models so small that launching kernels takes longer than running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hippodrome.part import BadInput
+from hippodrome.task import Batch
+
+_WARMUP = 3
+
+
+class GraphedStep:
+    """`step(batch) -> (loss, grad norm)` captured once and replayed on every batch after.
+
+    `step` must do all of forward, backward, clipping and update, with an optimiser made `capturable`, and must never wait
+    for the device. The steps that warm it up leave no trace: parameters, buffers and the optimiser's memory are put back.
+    Results lie in fixed memory on the device; they are copied out, so that they may be read later.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Batch], tuple[Tensor, Tensor]],
+        batch: Batch,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> None:
+        self._batch = batch.to(device)
+        held = [*model.parameters(), *model.buffers()]
+        before = [tensor.detach().clone() for tensor in held]
+        memory = {
+            parameter: {name: value.clone() for name, value in slots.items()} for parameter, slots in optimizer.state.items()
+        }
+
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP):
+                step(self._batch)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = step(self._batch)
+
+        # In place: the graph knows every tensor by its address. A slot that warm-up made begins at zero, as AdamW's do.
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+            for parameter, slots in optimizer.state.items():
+                for name, value in slots.items():
+                    old = memory.get(parameter, {}).get(name)
+                    value.copy_(torch.zeros_like(value) if old is None else old)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of one step on a batch shaped like the first; the host does not wait."""
+        for name in ("inputs", "targets", "lengths"):
+            held, new = getattr(self._batch, name), getattr(batch, name)
+            if (held is None) != (new is None) or (held is not None and held.shape != new.shape):
+                raise BadInput(f"cuda_graph needs batches of one shape, and the {name} of this one differ from the first's")
+            if held is not None:
+                held.copy_(new, non_blocking=True)
+        self._graph.replay()
+        loss, norm = self._results
+        return loss.clone(), norm.clone()

@@ -1,0 +1,74 @@
+"""Tokens: ids (B, L) int64 to vectors (B, L, D), with learned positions as an option (Radford et al., 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hippodrome.model import Embed
+from hippodrome.part import BadInput
+
+
+class Tokens(Embed):
+    """A table of vectors, one an id."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Embed.Config):
+        vocab_size: int
+        pad_to_multiple: int = 8
+        """Rows of the table are rounded up to this, as matrix units like it. The extra ids never occur."""
+        positions: int = 0
+        """How many positions have a learned vector; 0: none, the mixers must tell order apart."""
+        dropout: float = 0.0
+
+        @property
+        def rows(self) -> int:
+            """Rows of the table, which is also the number of logits of a language model."""
+            return -(-self.vocab_size // self.pad_to_multiple) * self.pad_to_multiple
+
+    def __init__(self, config: Config, d_model: int) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise BadInput(f"vocab_size is {config.vocab_size}: it must be at least 1")
+        if config.positions < 0:
+            raise BadInput(f"positions is {config.positions}: it must be 0 or more")
+        self.table = nn.Embedding(config.rows, d_model)
+        self.positions = nn.Embedding(config.positions, d_model) if config.positions else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The table (rows, D), for a readout that ties to it."""
+        return self.table.weight
+
+    def forward(self, inputs: Tensor, position: Tensor | None = None) -> Tensor:
+        self._check(inputs)
+        x = self.table(inputs)
+        if self.positions is not None:
+            x = x + self.positions(self._where(inputs, position))
+        return self.dropout(x)
+
+    def _where(self, inputs: Tensor, position: Tensor | None) -> Tensor:
+        """The positions (L,) or (B, L) of the inputs."""
+        assert self.positions is not None
+        room = self.positions.num_embeddings
+        at = torch.arange(inputs.shape[1], device=inputs.device)
+        if inputs.shape[1] > room:
+            raise BadInput(f"{inputs.shape[1]} tokens, but only {room} positions have a learned vector (positions={room})")
+        if position is None:
+            return at
+        at = at + position[:, None]
+        if at.device.type == "cpu" and not torch.compiler.is_compiling() and at.numel() and int(at.max()) >= room:
+            raise BadInput(f"token {int(at.max())} has no learned vector: the model knows {room} positions (positions={room})")
+        return at.clamp(max=room - 1)
+
+    def _check(self, inputs: Tensor) -> None:
+        # On a GPU looking at the ids would stall it; there the lookup itself asserts.
+        if inputs.device.type != "cpu" or torch.compiler.is_compiling() or not inputs.numel():
+            return
+        low, high = int(inputs.min()), int(inputs.max())
+        if low < 0 or high >= self.table.num_embeddings:
+            wrong = low if low < 0 else high
+            raise BadInput(f"token id {wrong} is outside of the vocabulary: ids go from 0 to {self.table.num_embeddings - 1}")

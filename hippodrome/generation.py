@@ -1,0 +1,383 @@
+"""Generation: prefill the prompts in chunks, then one token a row and step.
+
+`stream` is the one loop; `generate` collects it and `stream_text` turns it into text. Rows are independent: row i draws from
+its own generator, seeded with `sampling.seed + i`, so that a prompt in a batch gives what it gives alone with that seed, and
+the same on every device (up to rounding of the logits).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hippodrome.model import Model, ModelState
+from hippodrome.part import BadInput
+
+if TYPE_CHECKING:
+    from hippodrome.tokenizer import Tokenizer
+
+Prompts = Sequence[Sequence[int]] | Sequence[str] | Tensor
+
+PREFILL_CHUNK = 8192
+"""Tokens of a prompt that go through the model at once unless asked otherwise: what bounds the memory of a prefill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. In this order: penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Keep the k most likely tokens."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities add up to at least p."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens already in the row are divided by it if positive, multiplied if negative (CTRL, Keskar et al. 2019)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise BadInput(f"top_k is {self.top_k}: it must be at least 1, or none")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise BadInput(f"min_p is {self.min_p}: it must be between 0 and 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise BadInput(f"repetition_penalty is {self.repetition_penalty}: it must be above 0; 1 is none")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed is {self.seed}: it must be 0 or more, and below 2^63")
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:
+    """The new ids of each prompt, at most `max_new_tokens` of them. Arguments as in `stream`."""
+    steps = stream(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        stop=stop,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        prefill_chunk=prefill_chunk,
+    )
+    rows: list[list[int]] = [[] for _ in range(len(prompts))]
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: Model,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[list[int | None]]:
+    """Yield, a step at a time, the new id of each row; None for a row that has ended.
+
+    prompts: lists of ids, of different lengths if need be, or ids (B, L), or with a tokenizer strings; an empty one starts
+    from the tokenizer's end-of-document token. A row ends before one of `stop_ids` (which is not yielded) or with the token
+    that completes one of the strings `stop` (which need a tokenizer). vocab_size: ids from there on are padding of the
+    vocabulary and never drawn; by default the tokenizer's size. Bad arguments raise `BadInput` here, not at the first step.
+    """
+    if max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if prefill_chunk < 1:
+        raise BadInput(f"prefill_chunk is {prefill_chunk}: it must be at least 1")
+    if not model.causal:
+        raise BadInput("this model is not causal: it sees the future and cannot generate")
+    if vocab_size is not None and vocab_size < 1:
+        raise BadInput(f"vocab_size is {vocab_size}: it must be at least 1")
+    if stop and tokenizer is None:
+        raise BadInput("stop strings need a tokenizer; ids are given as stop_ids")
+    if "" in stop:
+        raise BadInput("a stop string is empty: it would stop at once")
+    if vocab_size is None and tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+    ends = [_StopBytes(stop, tokenizer) for _ in range(len(prompts))]
+    rows = _as_ids(prompts, tokenizer)
+    return _decode(model, rows, max_new_tokens, sampling or Sampling(), set(stop_ids), ends, vocab_size, prefill_chunk)
+
+
+def stream_text(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    stop: Sequence[str] = (),
+    vocab_size: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[str]:
+    """Yield what the model writes after `prompt`, in pieces of whole characters, up to but without a stop string.
+
+    Bytes that are no UTF-8 become U+FFFD. Text that may turn out to begin a stop string is held back until it is decided.
+    """
+    steps = stream(
+        model,
+        [prompt],
+        max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        stop=stop,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        prefill_chunk=prefill_chunk,
+    )
+    return _text(steps, tokenizer, stop)
+
+
+def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """What the next token is drawn from: logits (B, V) -> probabilities (B, V), fp32; one-hot when temperature is 0.
+
+    seen (B, V) bool: the tokens that the repetition penalty counts.
+    """
+    logits = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    best, at = logits.max(-1, keepdim=True)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, at, 1.0)
+    # The maximum goes first, so that a temperature near zero gives -inf and never inf - inf.
+    logits = (logits - best) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kept = logits.topk(sampling.top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
+    if sampling.top_p < 1:
+        ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        # A token stays while the likelier ones before it do not yet add up to p: the first always does.
+        stays = (ranked.cumsum(-1) - ranked < sampling.top_p).scatter(-1, order, ranked.cumsum(-1) - ranked < sampling.top_p)
+        logits = logits.masked_fill(~stays, -math.inf)
+    if sampling.min_p > 0:
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
+    return logits.softmax(-1)
+
+
+def _decode(
+    model: Model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: set[int],
+    ends: list[_StopBytes],
+    vocab_size: int | None,
+    prefill_chunk: int,
+) -> Iterator[list[int | None]]:
+    was_training = model.training
+    model.eval()
+    try:
+        logits, state = _prefill(model, prompts, max_new_tokens, prefill_chunk)
+        if not logits.isfinite().all():
+            raise BadInput("the model's logits are not finite: its weights are damaged or its training diverged")
+        seen = _seen(prompts, logits, vocab_size) if sampling.repetition_penalty != 1 else None
+        dice = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+        live = list(range(len(prompts)))
+        for left in reversed(range(max_new_tokens)):
+            tokens = _draw(logits[:, :vocab_size], sampling, seen, [dice[row] for row in live])
+            new: list[int | None] = [None] * len(prompts)
+            stay: list[int] = []
+            for slot, (row, token) in enumerate(zip(live, tokens, strict=True)):
+                if token not in stop_ids:
+                    new[row] = token
+                    if not ends[row].reached(token):
+                        stay.append(slot)
+            if any(token is not None for token in new):
+                yield new
+            if not stay or not left:
+                return
+            if len(stay) < len(live):
+                state = state.reorder(torch.tensor(stay))
+                seen = None if seen is None else seen[stay]
+            live = [live[slot] for slot in stay]
+            chosen = torch.tensor([tokens[slot] for slot in stay], device=logits.device)
+            if seen is not None:
+                seen = seen.scatter(1, chosen[:, None], True)
+            with torch.no_grad():
+                logits, state = model.step(chosen, state)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _prefill(model: Model, prompts: list[list[int]], room: int, chunk: int) -> tuple[Tensor, ModelState]:
+    """Logits (B, V) after each prompt and the state, with room for `room` more tokens. Prompts are padded on the right."""
+    device = next(model.parameters()).device
+    counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    state = model.init_state(len(prompts), longest + room)
+    ragged = bool((counts != longest).any())
+    logits = None
+    for start in range(0, longest, chunk):
+        piece = ids[:, start : start + chunk]
+        lengths = (counts - start).clamp(0, piece.shape[1]) if ragged else None
+        said, state = model.prefill(piece, state, lengths=lengths)
+        # A row whose prompt ended in an earlier chunk keeps what was said then.
+        logits = said if logits is None or lengths is None else torch.where((lengths > 0)[:, None], said, logits)
+    assert logits is not None
+    return logits, state
+
+
+def _draw(logits: Tensor, sampling: Sampling, seen: Tensor | None, dice: list[torch.Generator]) -> list[int]:
+    """One token a row: where its cumulative probability passes a uniform number of the row's own generator."""
+    odds = probabilities(logits, sampling, seen)
+    if sampling.temperature == 0:
+        return odds.argmax(-1).tolist()
+    uniform = torch.cat([torch.rand(1, generator=die, dtype=torch.float64) for die in dice]).to(logits.device)
+    reached = odds.double().cumsum(-1)
+    # Strictly above, so that a token of probability zero is never where the sum passes.
+    return (reached > uniform[:, None] * reached[:, -1:]).int().argmax(-1).tolist()
+
+
+def _seen(prompts: list[list[int]], logits: Tensor, vocab_size: int | None) -> Tensor:
+    """Bool (B, V): the tokens of each prompt."""
+    seen = torch.zeros(logits[:, :vocab_size].shape, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        ids = torch.tensor(prompt)
+        row[ids[ids < seen.shape[1]]] = True
+    return seen.to(logits.device)
+
+
+def _as_ids(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Prompts as non-empty lists of ids."""
+    if len(prompts) == 0:
+        raise BadInput("there is no prompt")
+    rows: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    return [_one_prompt(row, tokenizer) for row in rows]
+
+
+def _one_prompt(row: Any, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(row, str):
+        if tokenizer is None:
+            raise BadInput("a prompt is a string: that needs a tokenizer; without one prompts are lists of ids")
+        row = tokenizer.encode(row)
+    if not hasattr(row, "__iter__"):
+        raise BadInput("prompts must be a batch: a list of lists of ids, or ids (B, L)")
+    ids = [int(token) for token in row]
+    if any(token < 0 for token in ids):
+        raise BadInput(f"a prompt holds the id {min(ids)}: ids are 0 or more")
+    if ids:
+        return ids
+    if tokenizer is None:
+        raise BadInput("a prompt is empty: give at least one id, or a tokenizer whose end-of-document token starts it")
+    return [tokenizer.end]
+
+
+class _StopBytes:
+    """Watches one row for the stop strings, which may begin in one token and end in another."""
+
+    def __init__(self, stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
+        self.stop = [text.encode() for text in stop]
+        self.tokenizer = tokenizer
+        self.tail = b""
+
+    def reached(self, token: int) -> bool:
+        """Whether a stop string is complete once `token` follows the tokens before."""
+        if not self.stop or self.tokenizer is None:
+            return False
+        text = self.tail + self.tokenizer.decode_bytes([token])
+        keep = max(len(stop) for stop in self.stop) - 1
+        self.tail = text[len(text) - min(keep, len(text)) :]
+        return any(stop in text for stop in self.stop)
+
+
+def _text(steps: Iterator[list[int | None]], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    decoder = tokenizer.decoder()
+    held = ""
+    for (token,) in steps:
+        assert token is not None
+        held += decoder.push(token)
+        if _first_stop(held, stop) is not None:
+            break
+        ready = len(held) - _maybe_stop(held, stop)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    held += decoder.finish()
+    held = held[: _first_stop(held, stop)]
+    if held:
+        yield held
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    return min((text.index(word) for word in stop if word in text), default=None)
+
+
+def _maybe_stop(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    return max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
+
+
+@torch.no_grad()
+def time_generation(model: Model, prompt_len: int, new_tokens: int, batch: int = 1) -> dict[str, float]:
+    """Seconds of a prefill of `batch` prompts of `prompt_len` tokens and of the greedy steps after it.
+
+    prefill_s, step_s (one step of the whole batch), tokens_per_s (of the steps, all rows together), state_bytes (of the
+    whole batch at the end). Kernels are warmed up before; the model is timed as it stands (device, dtype).
+    """
+    if min(prompt_len, new_tokens, batch) < 1:
+        raise BadInput(f"prompt_len {prompt_len}, new_tokens {new_tokens} and batch {batch} must be at least 1")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        prompts = [[0] * prompt_len] * batch
+        logits, state = _prefill(model, [[0] * min(prompt_len, 16)] * batch, 2, PREFILL_CHUNK)
+        model.step(logits.argmax(-1), state)
+        begin = _now(device)
+        logits, state = _prefill(model, prompts, new_tokens, PREFILL_CHUNK)
+        filled = _now(device)
+        for _ in range(new_tokens):
+            logits, state = model.step(logits.argmax(-1), state)
+        done = _now(device)
+    finally:
+        model.train(was_training)
+    step_s = (done - filled) / new_tokens
+    return {
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        "prefill_s": filled - begin,
+        "step_s": step_s,
+        "tokens_per_s": batch / step_s,
+        "state_bytes": state.nbytes,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,121 @@
+"""H3: Hungry Hungry Hippos (Dao, Fu et al., ICLR 2023).
+
+    q, k, v = W_q x, W_k x, W_v x;   k' = shift(k)
+    s_ij = diagonal(k'_i v_j);       y_j = sum_i q_i s_ij;   output W_o y
+
+i, j run over the p = head_dim channels of a head; head h has the channels h p + i. With p = 1 this is
+q * diagonal(shift(k) * v). x (B, L, D); `shift` has D channels, `diagonal` one a head, which its p^2 products share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hippodrome.lti._base import LTI
+from hippodrome.lti.s4d import S4D
+from hippodrome.lti.shift import Shift
+from hippodrome.model import Mixer
+from hippodrome.part import BadInput
+from hippodrome.state import State
+
+
+@dataclass(frozen=True)
+class H3State(State):
+    """The two systems' states, `diagonal` with batch axes (B, p, p). shift: None in an H3 without its shift."""
+
+    shift: State | None
+    diagonal: State
+
+
+class H3(Mixer[H3State]):
+    """Two state spaces and two gates: one remembers the recent tokens, the other what followed what.
+
+    The systems compute in fp32 whatever the dtype of the linear maps. The output map is not named in `residual_out`: the
+    authors start it like any other.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """d_state: that of both systems, where they are not given. use_shift: False makes k' = k, the paper's ablation.
+
+        shift: None is the shift system of d_state taps. diagonal: None is S4D-Lin, bilinear, as the authors train it.
+        """
+
+        head_dim: int = 1
+        d_state: int = 64
+        use_shift: bool = True
+        shift: LTI.Config | None = None
+        diagonal: LTI.Config | None = None
+
+    def __init__(self, config: Config, d_model: int) -> None:
+        super().__init__()
+        if config.head_dim < 1 or d_model % config.head_dim:
+            near = _nearest_divisor(config.head_dim, d_model)
+            raise BadInput(f"head_dim {config.head_dim} does not divide d_model {d_model}: take {near}")
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        shift = config.shift or Shift.Config(d_state=config.d_state)
+        diagonal = config.diagonal or S4D.Config(d_state=config.d_state, init="lin", disc="bilinear")
+        self.shift: LTI[Any] | None = shift.build(d_model) if config.use_shift else None
+        self.diagonal: LTI[Any] = diagonal.build(d_model // config.head_dim)
+        self.output_linear = nn.Linear(d_model, d_model)
+
+    def forward(
+        self, x: Tensor, state: H3State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, H3State | None]:
+        q, k, v = (_channels_first(linear, x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        k, shift = _at_least_fp32(k), None
+        if self.shift is not None:
+            k, shift = self.shift.convolve(k, None if state is None else state.shift, lengths=lengths)
+        q, k, v = self._outer(q, k, v)
+        y, diagonal = self.diagonal.convolve(
+            k, None if state is None else state.diagonal, pre_gate=v, post_gate=q, lengths=lengths
+        )
+        out = self.output_linear(self._gather(y).to(q.dtype).transpose(1, 2))
+        return out, None if diagonal is None else H3State(shift, diagonal)
+
+    def init_state(self, batch: int, max_len: int | None = None) -> H3State:
+        shift = None if self.shift is None else self.shift.init_state(batch)
+        return H3State(shift, self.diagonal.init_state(batch, self.head_dim, self.head_dim))
+
+    def step(self, x: Tensor, state: H3State) -> tuple[Tensor, H3State]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, shift = _at_least_fp32(k), None
+        if self.shift is not None:
+            k, shift = self.shift.step(k, state.shift)
+        q, k, v = self._outer(q, k, v)
+        s, diagonal = self.diagonal.step(k * v, state.diagonal)
+        return self.output_linear(self._gather(q * s).to(q.dtype)), H3State(shift, diagonal)
+
+    def _outer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Signals (B, D, ...) as views (B, i, j, H, ...): k and q have an i and no j, v has a j and no i."""
+        p = self.head_dim
+        q, k, v = (signal.unflatten(1, (-1, p)).transpose(1, 2) for signal in (q, k, v))
+        shape = k.shape[0], p, p, *k.shape[2:]
+        return q.unsqueeze(2).expand(shape), k.unsqueeze(2).expand(shape), v.unsqueeze(1).expand(shape)
+
+    def _gather(self, y: Tensor) -> Tensor:
+        """(B, i, j, H, ...) -> (B, D, ...): the sum over i, heads outside and j inside."""
+        summed = y.squeeze(1) if self.head_dim == 1 else y.sum(1)
+        return summed.transpose(1, 2).flatten(1, 2)
+
+
+def _channels_first(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x) for x (B, L, D), as (B, D, L) with L contiguous: the product writes this layout, nothing is transposed."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.addmm(linear.bias.unsqueeze(1), linear.weight, flat.t())
+    return y.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+
+def _at_least_fp32(signal: Tensor) -> Tensor:
+    return signal.to(torch.promote_types(signal.dtype, torch.float32))
+
+
+def _nearest_divisor(wanted: int, number: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

@@ -1,0 +1,85 @@
+"""SSM: the layer of S4 around any linear system (Gu, Goel, Ré, ICLR 2022; S4D, NeurIPS 2022).
+
+    y = W g,   g = gelu(system(x)),   with `glu` the output is a * sigmoid(b) where [a, b] = W g
+    bidirectional: system(x)_t + sum_(s>t) K'_(s-t-1) x_s before the gelu, K' the kernel of a second system
+
+x (B, L, D); the system has one channel each of the D. A system's own state is the mixer's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hippodrome.lti._base import LTI
+from hippodrome.lti.s4d import S4D
+from hippodrome.model import Mixer
+from hippodrome.part import BadInput
+from hippodrome.state import State
+
+
+class SSM(Mixer[State]):
+    """Long convolution, GELU, linear map."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """glu: the linear map is twice as wide and gates itself. bidirectional: not causal, and so without a state."""
+
+        system: LTI.Config = field(default_factory=S4D.Config)
+        bidirectional: bool = False
+        glu: bool = True
+        dropout: float = 0.0
+
+    def __init__(self, config: Config, d_model: int) -> None:
+        super().__init__()
+        self.causal = not config.bidirectional
+        self.glu = config.glu
+        self.system: LTI[Any] = config.system.build(d_model)
+        self.backward_system: LTI[Any] | None = None
+        if config.bidirectional:
+            backward: LTI[Any] = config.system.build(d_model)
+            backward.D = None  # the skip is the forward system's
+            self.backward_system = backward
+        self.dropout = nn.Dropout(config.dropout)
+        self.output_linear = nn.Linear(d_model, 2 * d_model if config.glu else d_model)
+
+    def forward(self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State | None]:
+        u = x.transpose(1, 2)
+        if self.backward_system is None:
+            y, after = self.system.convolve(u, state, lengths=lengths)
+            return self._mix_channels(y.transpose(1, 2)), after
+        self._refuse(state)
+        if lengths is not None:
+            # The backward system would carry padding into the row.
+            u = u * (torch.arange(u.shape[-1], device=u.device) < lengths[:, None, None])
+        y = self.system.convolve(u)[0] + _from_the_future(self.backward_system, u)
+        return self._mix_channels(y.transpose(1, 2)), None
+
+    def init_state(self, batch: int, max_len: int | None = None) -> State:
+        if not self.causal:
+            raise BadInput("a bidirectional SSM sees the future and has no state: build it with bidirectional=False")
+        return self.system.init_state(batch)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if not self.causal:
+            return super().step(x, state)
+        y, after = self.system.step(x, state)
+        return self._mix_channels(y), after
+
+    def _refuse(self, state: State | None) -> None:
+        if state is not None:
+            raise BadInput("a bidirectional SSM sees the future and takes no state: build it with bidirectional=False")
+
+    def _mix_channels(self, y: Tensor) -> Tensor:
+        mixed = self.output_linear(self.dropout(F.gelu(y)))
+        return F.glu(mixed, -1) if self.glu else mixed
+
+
+def _from_the_future(system: LTI[Any], u: Tensor) -> Tensor:
+    """sum_(s>t) K_(s-t-1) u_s: the next token meets the first tap, since the present one has the forward system's."""
+    y, _ = system.convolve(u.flip(-1))
+    return F.pad(y[..., :-1], (1, 0)).flip(-1)

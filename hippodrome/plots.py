@@ -1,0 +1,74 @@
+"""Pictures of races: curves in panels, one colour, marker and dash a competitor. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hippodrome.files import replacing
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+# Okabe and Ito's palette: told apart with any kind of colour vision; dashes and markers tell them apart in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes. `curves`: competitor -> its curves, one a seed; drawn as their mean and the range between them."""
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, Sequence[Curve]]
+    log_x: bool = False
+    log_y: bool = False
+    markers: bool = False
+
+
+def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Write a PNG of the panels, two in a row. A competitor looks the same in all of them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.4 * columns, 4.2 * rows + 0.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    for i, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, names)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+
+
+def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    for name, curves in panel.curves.items():
+        i = names.index(name)
+        look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2.0}
+        if panel.markers:
+            look |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6}
+        x = curves[0][0]
+        columns = list(zip(*[y for _, y in curves], strict=True))
+        axes.plot(x, [sum(column) / len(column) for column in columns], label=name, **look)  # type: ignore[arg-type]
+        if len(curves) > 1:
+            lows, highs = [min(column) for column in columns], [max(column) for column in columns]
+            axes.fill_between(x, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    if panel.log_x:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for curves in panel.curves.values() for xs, _ in curves for x in xs})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    if panel.log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,60 @@
+"""What the language models of all recipes share: the text, the budget and everything around the mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from hippodrome.channels.mlp import Mlp
+from hippodrome.embeds.tokens import Tokens
+from hippodrome.model import BlockConfig, Mixer, ModelConfig
+from hippodrome.part import BadInput
+from hippodrome.readouts.lm import LmReadout
+from hippodrome.run import RunConfig, TrainConfig
+from hippodrome.tasks.lm import Lm
+from hippodrome.tokenizer import Kind
+
+BUDGET = TrainConfig(steps=1000, batch_size=16, lr=1e-3, clip=1.0, eval_every=100, eval_batches=8, save_every=500)
+"""What a laptop does in minutes. The H3 paper's own is 800,000 steps of 256 rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What is read and how it becomes tokens."""
+
+    text: str = Lm.Config.text
+    """A .txt, .jsonl or .parquet file (.gz, .xz, .zst too), a folder of them, sotu (shipped), or a data set's name."""
+    tokenizer: Kind = Lm.Config.tokenizer
+    """Bytes, a BPE trained on the text, or GPT-2's vocabulary."""
+    vocab_size: int = Lm.Config.vocab_size
+    """Ids of a trained BPE."""
+    length: int = 256
+    """Tokens a row."""
+    holdout: float = Lm.Config.holdout
+    """Share of the text in the test split, and again in the valid split."""
+    separator: str | None = Lm.Config.separator
+    """What parts the documents of a .txt file; None: a file is one document."""
+    field: str = Lm.Config.field
+    """Where .jsonl and .parquet keep a document."""
+
+
+def language_model(
+    mixers: Sequence[Mixer.Config],
+    text: Text,
+    train: TrainConfig,
+    *,
+    d_model: int,
+    d_ff: int | None,
+    dropout: float,
+    learned_positions: bool = False,
+) -> RunConfig:
+    """Blocks of a mixer and an MLP each, embeddings tied to the readout. A run that carries its state reads the text as a stream."""
+    task = Lm.Config(**asdict(text), order="stream" if train.carry_state else "shuffled", seed=train.seed)
+    if task.ids < 1:
+        raise BadInput(f"vocab_size is {text.vocab_size}: it must be at least 257, for 256 bytes and the end of a document")
+    if not mixers:
+        raise BadInput("n_layer is 0: a model needs at least one block")
+    embed = Tokens.Config(vocab_size=task.ids, positions=text.length if learned_positions else 0, dropout=dropout)
+    blocks = tuple(BlockConfig(mixer=mixer, channel=Mlp.Config(d_ff=d_ff), dropout=dropout) for mixer in mixers)
+    model = ModelConfig(d_model=d_model, blocks=blocks, embed=embed, readout=LmReadout.Config(tied=True))
+    return RunConfig(model=model, task=task, train=train)

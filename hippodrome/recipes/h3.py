@@ -1,0 +1,87 @@
+"""H3 (Dao, Fu et al., ICLR 2023): language models with and without attention, and the paper's synthetic languages."""
+
+from __future__ import annotations
+
+from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.h3 import H3
+from hippodrome.part import BadInput
+from hippodrome.recipes._lm import BUDGET, Text, language_model
+from hippodrome.recipes._synthetic import Language, synthetic as _synthetic
+from hippodrome.run import RunConfig, TrainConfig
+
+
+def h3(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    attention_layers: tuple[int, ...] | None = None,
+    n_head: int = 4,
+    d_state: int = 64,
+    head_dim: int = 1,
+    dropout: float = 0.0,
+    text: Text = Text(),
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Hybrid H3 language model: H3 blocks, two of them with attention instead.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        attention_layers: Blocks with attention, from 0; None: the paper's two, the second and the one half the depth after it.
+        n_head: Attention heads.
+        d_state: States of both systems of H3.
+        head_dim: Channels of an H3 head.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    chosen = _paper_placement(n_layer) if attention_layers is None else attention_layers
+    for layer in chosen:
+        if not 0 <= layer < n_layer:
+            raise BadInput(f"attention_layers has {layer}: a model of {n_layer} blocks has blocks 0 to {n_layer - 1}")
+    h3_mixer, attention = H3.Config(d_state=d_state, head_dim=head_dim), Attention.Config(n_head=n_head)
+    mixers = [attention if layer in chosen else h3_mixer for layer in range(n_layer)]
+    return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def pure(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    d_state: int = 64,
+    head_dim: int = 8,
+    dropout: float = 0.0,
+    text: Text = Text(),
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """H3 language model without attention.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        d_state: States of both systems of H3.
+        head_dim: Channels of an H3 head; the paper takes 8 where there is no attention.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    mixers = [H3.Config(d_state=d_state, head_dim=head_dim)] * n_layer
+    return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def synthetic(*, shift: bool = True, language: Language = Language()) -> RunConfig:
+    """H3 on a synthetic language, with the paper's settings (table 1: induction 100.0, recall 99.8).
+
+    Args:
+        shift: With the shift system; without it is the recipe h3.no_shift.
+    """
+    return _synthetic(H3.Config(use_shift=shift), language)
+
+
+def no_shift(*, language: Language = Language()) -> RunConfig:
+    """H3 without its shift system on a synthetic language: what the shift is for."""
+    return synthetic(shift=False, language=language)
+
+
+def _paper_placement(n_layer: int) -> tuple[int, ...]:
+    return tuple(layer for layer in (1, 1 + n_layer // 2) if layer < n_layer)

@@ -1,0 +1,47 @@
+"""Transformers (Vaswani et al., 2017) of the same shape as the other recipes: what the others race against."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hippodrome.mixers.attention import Attention
+from hippodrome.part import BadInput
+from hippodrome.recipes._lm import BUDGET, Text, language_model
+from hippodrome.recipes._synthetic import Language, synthetic as _synthetic
+from hippodrome.run import RunConfig, TrainConfig
+
+
+def transformer(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    n_head: int = 4,
+    n_kv_head: int | None = None,
+    positions: Literal["rotary", "learned"] = "rotary",
+    dropout: float = 0.0,
+    text: Text = Text(),
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Transformer language model.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        n_head: Attention heads.
+        n_kv_head: Heads of keys and values; None: as many as n_head.
+        positions: Rotary, good at any length, or one learned vector a position, good up to the length of training.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    if n_head < 1 or d_model % n_head:
+        raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
+    rotary = positions == "rotary"
+    attention = Attention.Config(n_head=n_head, n_kv_head=n_kv_head, rotary_dim=d_model // n_head if rotary else 0)
+    sizes = {"d_model": d_model, "d_ff": d_ff}
+    return language_model([attention] * n_layer, text, train, **sizes, dropout=dropout, learned_positions=not rotary)
+
+
+def synthetic(*, language: Language = Language()) -> RunConfig:
+    """Attention with one head and learned positions on a synthetic language (the H3 paper: 100 on both)."""
+    return _synthetic(Attention.Config(n_head=1, dropout=0.1), language, learned_positions=True)

@@ -1,0 +1,382 @@
+"""Generation: what is drawn, from which prompts, in which chunks, and where it stops."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hippodrome.channels.mlp import Mlp
+from hippodrome.embeds.tokens import Tokens
+from hippodrome.generation import Sampling, generate, probabilities, stream, stream_text, time_generation
+from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.h3 import H3
+from hippodrome.model import BlockConfig, Mixer, Model, ModelConfig
+from hippodrome.part import BadInput
+from hippodrome.patterns import Full, Window
+from hippodrome.readouts.lm import Lm
+from hippodrome.state import State
+from hippodrome.tokenizer import Tokenizer
+
+VOCAB = 40
+
+MIXERS = {
+    "attention": (Attention.Config(n_head=2), Attention.Config(n_head=2)),
+    "window": (Attention.Config(n_head=2, pattern=Window(size=5)), Attention.Config(n_head=2)),
+    "h3": (H3.Config(d_state=8), H3.Config(d_state=8)),
+    "hybrid": (H3.Config(d_state=8), Attention.Config(n_head=2)),
+}
+
+
+def build(kind: str, vocab: int = VOCAB) -> Model:
+    torch.manual_seed(0)
+    blocks = tuple(BlockConfig(mixer=mixer, channel=Mlp.Config()) for mixer in MIXERS[kind])
+    config = ModelConfig(
+        d_model=16,
+        blocks=blocks,
+        embed=Tokens.Config(vocab_size=vocab),
+        readout=Lm.Config(vocab_size=vocab),
+        init_std=0.4,
+    )
+    return config.build()
+
+
+@dataclass(frozen=True)
+class Place(State):
+    """How many tokens of the script each row has said."""
+
+    at: Tensor
+
+
+class Script(nn.Module):
+    """Says the same ids whatever it is asked, so that what follows the model can be tested alone."""
+
+    causal = True
+
+    def __init__(self, ids: list[int], vocab: int) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.ids, self.vocab = ids, vocab
+
+    def init_state(self, batch: int, max_len: int | None = None) -> Place:
+        return Place(torch.zeros(batch, dtype=torch.int64))
+
+    def prefill(self, inputs: Tensor, state: Place, *, lengths: Tensor | None = None) -> tuple[Tensor, Place]:
+        return self.say(state), Place(state.at + 1)
+
+    def step(self, inputs: Tensor, state: Place) -> tuple[Tensor, Place]:
+        return self.say(state), Place(state.at + 1)
+
+    def say(self, state: Place) -> Tensor:
+        return nn.functional.one_hot(torch.tensor(self.ids)[state.at], self.vocab).float() * 50
+
+
+def scripted(text: str | bytes) -> Script:
+    ids = list(text.encode() if isinstance(text, str) else text)
+    return Script(ids + [Tokenizer.bytes().end], 257)
+
+
+# What is drawn
+
+
+def test_greedy_is_the_argmax_and_temperature_divides():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
+    assert probabilities(logits, Sampling(temperature=0)).tolist() == [[0, 1, 0], [1, 0, 0]]
+    torch.testing.assert_close(probabilities(logits, Sampling(temperature=0.5)), (logits / 0.5).softmax(-1))
+    torch.testing.assert_close(probabilities(logits.bfloat16(), Sampling()), logits.softmax(-1))
+    assert probabilities(logits * 1e30, Sampling(temperature=1e-30)).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 12, 50])
+def test_top_k_keeps_the_k_largest(k):
+    logits = torch.randn(3, 12)
+    wanted = torch.zeros(3, 12)
+    for row, out in zip(logits, wanted, strict=True):
+        for token in sorted(range(12), key=lambda i: -row[i])[:k]:
+            out[token] = math.exp(row[token])
+    torch.testing.assert_close(probabilities(logits, Sampling(top_k=k)), wanted / wanted.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.75, 0.999])
+def test_top_p_keeps_the_fewest_that_add_up_to_p(p):
+    logits = torch.randn(4, 12) * 2
+    odds = logits.softmax(-1)
+    wanted = torch.zeros(4, 12)
+    for row, out in zip(odds, wanted, strict=True):
+        total = 0.0
+        for token in sorted(range(12), key=lambda i: -row[i]):
+            if total >= p:
+                break
+            total += float(row[token])
+            out[token] = row[token]
+    torch.testing.assert_close(probabilities(logits, Sampling(top_p=p)), wanted / wanted.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_min_p_keeps_what_is_nearly_as_likely_as_the_best(share):
+    logits = torch.randn(4, 12) * 2
+    odds = logits.softmax(-1)
+    wanted = odds * (odds >= share * odds.max(-1, keepdim=True).values * (1 - 1e-6))
+    torch.testing.assert_close(probabilities(logits, Sampling(min_p=share)), wanted / wanted.sum(-1, keepdim=True))
+
+
+def test_filters_follow_one_another():
+    odds = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    # top-k leaves 4:3:2, of which 4/9 < 0.7 <= 7/9; min-p then asks for 0.8 * 4/7.
+    assert probabilities(odds.log(), Sampling(top_k=3, top_p=0.7))[0].nonzero().flatten().tolist() == [0, 1]
+    assert probabilities(odds.log(), Sampling(top_k=3, top_p=0.7, min_p=0.8))[0].nonzero().flatten().tolist() == [0]
+
+
+def test_repetition_penalty_pushes_seen_tokens_down_on_both_sides_of_zero():
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    wanted = torch.tensor([[1.0, -4.0, 1.0, -1.0]]).softmax(-1)
+    torch.testing.assert_close(probabilities(logits, Sampling(repetition_penalty=2.0), seen), wanted)
+
+
+def test_draws_follow_the_probabilities():
+    model = Script([0] * 4000, 3)
+    model.say = lambda state: torch.tensor([[0.0, math.log(3.0), -math.inf]]).expand(len(state.at), 3)  # type: ignore[method-assign]
+    (ids,) = generate(model, [[0]], 3000, sampling=Sampling(seed=3))
+    assert ids.count(2) == 0
+    assert abs(ids.count(1) / 3000 - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 3000)
+
+
+def test_seen_tokens_are_those_of_prompt_and_answer():
+    model = build("hybrid")
+    (ids,) = generate(model, [[3, 4]], VOCAB - 2, sampling=Sampling(temperature=0, repetition_penalty=1e9))
+    assert sorted([3, 4, *ids]) == list(range(VOCAB)), "with an endless penalty every token comes once"
+
+
+# Prompts, chunks, batches
+
+
+def plain_greedy(model: Model, prompt: list[int], n: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_greedy_equals_the_argmax_of_the_whole_sequence(kind):
+    model = build(kind)
+    prompts = [[5, 9, 2, 30, 7, 7, 1], [8], [39, 0, 21]]
+    assert generate(model, prompts, 12, sampling=Sampling(temperature=0)) == [plain_greedy(model, p, 12) for p in prompts]
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("chunk", [1, 3, 8192])
+def test_a_row_of_a_batch_draws_what_it_draws_alone(kind, chunk):
+    model = build(kind)
+    prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (11, 1, 4, 9)]
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    # Rows that meet the stop id leave the batch early, the others must not notice.
+    batch = generate(model, prompts, 15, sampling=Sampling(seed=7, **options), stop_ids=[3, 17], prefill_chunk=chunk)
+    alone = [
+        generate(model, [prompt], 15, sampling=Sampling(seed=7 + row, **options), stop_ids=[3, 17])[0]
+        for row, prompt in enumerate(prompts)
+    ]
+    assert batch == alone
+
+
+def test_seeds_repeat_and_differ():
+    model = build("hybrid")
+    first, again, other = (generate(model, [[1, 2]] * 2, 20, sampling=Sampling(seed=seed)) for seed in (5, 5, 99))
+    assert first == again
+    assert first != other
+    assert first[0] != first[1], "two rows of one prompt are two samples"
+
+
+def test_global_generators_are_left_alone():
+    model = build("hybrid")
+    before = torch.get_rng_state()
+    generate(model, [[1, 2]], 5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_stream_gives_what_generate_gives():
+    model = build("hybrid")
+    prompts = torch.randint(VOCAB, (3, 6))
+    steps = list(stream(model, prompts, 30, stop_ids=[3]))
+    whole = generate(model, prompts.tolist(), 30, stop_ids=[3])
+    assert [[step[row] for step in steps if step[row] is not None] for row in range(3)] == whole
+    for row in range(3):
+        said = [step[row] is not None for step in steps]
+        assert said == sorted(said, reverse=True), "a row that has ended stays silent"
+    assert any(len(row) < 30 for row in whole), "no row met the stop id: the test shows nothing"
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_long_prompt_in_chunks_equals_one_call(kind):
+    model = build(kind)
+    prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (301, 64, 65)]
+    whole = generate(model, prompts, 8, sampling=Sampling(temperature=0))
+    assert generate(model, prompts, 8, sampling=Sampling(temperature=0), prefill_chunk=64) == whole
+
+
+def test_a_chunked_prefill_never_sees_more_than_a_chunk():
+    model, widest = build("hybrid"), 0
+    whole = model.embed.forward
+
+    def watch(inputs, position=None):
+        nonlocal widest
+        widest = max(widest, inputs.shape[1])
+        return whole(inputs, position)
+
+    model.embed.forward = watch
+    generate(model, [[1] * 100], 2, prefill_chunk=16)
+    assert widest == 16
+
+
+def test_the_state_of_an_h3_model_does_not_grow_with_its_context():
+    model = build("h3")
+    sizes = {time_generation(model, n, 2)["state_bytes"] for n in (1, 50, 400)}
+    assert len(sizes) == 1
+    growing = build("attention")
+    assert time_generation(growing, 400, 2)["state_bytes"] > time_generation(growing, 50, 2)["state_bytes"]
+
+
+def test_dropout_sleeps_while_generating_and_wakes_after():
+    model = build("hybrid").train()
+    modes = [model.training for _ in stream(model, [[1]], 3)]
+    assert modes == [False] * 3
+    assert model.training
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    model = build("hybrid")
+    with torch.no_grad():
+        model.embed.get_parameter("weight" if hasattr(model.embed, "weight") else "table.weight")[VOCAB - 1] *= 1e3
+    (ids,) = generate(model, [[1, 2, 3]], 40, vocab_size=VOCAB - 8, sampling=Sampling(temperature=5.0))
+    assert max(ids) < VOCAB - 8
+
+
+def test_an_empty_prompt_starts_after_a_document():
+    model, tokenizer = build("hybrid", 257), Tokenizer.bytes()
+    greedy = Sampling(temperature=0)
+    from_text = generate(model, ["", "ab"], 5, tokenizer=tokenizer, sampling=greedy)
+    assert from_text == generate(model, [[tokenizer.end], [97, 98]], 5, sampling=greedy)
+
+
+# Where it stops
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "wanted"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["wo thr", "three"], "one t"),
+        ("aaab", ["aab"], "a"),
+        ("abcabd", ["abd"], "abc"),
+        ("no such word", ["word!"], "no such word"),
+        ("x\n\ny", ["\n\n"], "x"),
+        ("né à", ["à"], "né "),
+        ("one", ["o"], ""),
+    ],
+)
+def test_stop_strings_are_found_across_tokens_and_left_out(said, stop, wanted):
+    model, tokenizer = scripted(said), Tokenizer.bytes()
+    pieces = list(stream_text(model, tokenizer, "?", 50, stop=stop, stop_ids=[tokenizer.end]))
+    assert "".join(pieces) == wanted
+    assert all(pieces), "no empty pieces"
+
+
+def test_ids_end_with_the_token_that_completes_the_stop_string():
+    model, tokenizer = scripted("one two three"), Tokenizer.bytes()
+    (ids,) = generate(model, ["?"], 50, stop=["two"], tokenizer=tokenizer, sampling=Sampling(temperature=0))
+    assert tokenizer.decode(ids) == "one two"
+
+
+def test_text_is_streamed_as_soon_as_it_is_sure():
+    tokenizer = Tokenizer.bytes()
+    pieces = list(stream_text(scripted("abXYcdé"), tokenizer, "?", 50, stop=["XYZ"], stop_ids=[tokenizer.end]))
+    assert pieces == ["a", "b", "XYc", "d", "é"], "XY waits for its third letter, é for its second byte"
+
+
+def test_broken_utf8_becomes_replacement_characters():
+    tokenizer = Tokenizer.bytes()
+    pieces = stream_text(scripted(b"a\xffb\xc3"), tokenizer, "?", 50, stop_ids=[tokenizer.end])
+    assert "".join(pieces) == "a�b�"
+
+
+def test_stop_ids_are_not_yielded():
+    steps = list(stream(scripted("abc"), [[1], [2]], 50, stop_ids=[ord("c")], sampling=Sampling(temperature=0)))
+    assert steps == [[97, 97], [98, 98]]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+    ],
+)
+def test_bad_sampling_is_named(field, value):
+    with pytest.raises(BadInput, match=field):
+        Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk"),
+        ([[1]], {"vocab_size": 0}, "vocab_size"),
+        ([], {}, "no prompt"),
+        ([[1], []], {}, "empty"),
+        ([[1, -2]], {}, "-2"),
+        ([1, 2], {}, "list of lists"),
+        (["text"], {}, "tokenizer"),
+        ([[1]], {"stop": ["x"]}, "tokenizer"),
+        ([[1]], {"stop": [""], "tokenizer": Tokenizer.bytes()}, "empty"),
+        ([[1, VOCAB]], {}, "vocabulary"),
+    ],
+)
+def test_bad_calls_are_named_before_the_first_step(prompts, options, message):
+    with pytest.raises(BadInput, match=message):
+        stream(build("attention"), prompts, **{"max_new_tokens": 3, **options})
+
+
+def test_a_model_that_sees_the_future_cannot_generate():
+    config = build("attention").config
+    blind = ModelConfig(
+        d_model=16,
+        blocks=(BlockConfig(mixer=Attention.Config(n_head=2, pattern=Full())),),
+        embed=config.embed,
+        readout=config.readout,
+    )
+    with pytest.raises(BadInput, match="causal"):
+        stream(blind.build(), [[1]], 3)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = build("hybrid")
+    with torch.no_grad():
+        next(model.blocks.parameters()).fill_(math.nan)
+    with pytest.raises(BadInput, match="finite"):
+        generate(model, [[1]], 3)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_times_of_nothing_are_refused(sizes):
+    with pytest.raises(BadInput, match="at least 1"):
+        time_generation(build("h3"), *sizes)
+
+
+def test_times_are_those_of_the_batch():
+    times = time_generation(build("h3"), 5, 3, batch=2)
+    assert times["tokens_per_s"] == pytest.approx(2 / times["step_s"])
+    assert times["prefill_s"] > 0
