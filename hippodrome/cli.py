@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
 Name = Annotated[Positional[str], arg(metavar="NAME")]
 _GIVEN = ("recipe", "recipes")
+_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
 def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: bool = False) -> None:
@@ -48,7 +49,9 @@ def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: boo
     with ProgressDisplay(name) as watch:
         report = train_run(config, folder, resume=resume, watch=watch)
     _print_scores(report["scores"])
-    print(f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}")
+    print(
+        f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}"
+    )
 
 
 def generate(
@@ -56,7 +59,7 @@ def generate(
     *,
     prompt: tuple[str, ...] = ("",),
     max_new_tokens: int = 200,
-    sampling: Sampling = Sampling(temperature=0.8, top_p=0.95),
+    sampling: Sampling = _SAMPLING,
     stop: tuple[str, ...] = (),
     device: str = "auto",
 ) -> None:
@@ -127,6 +130,7 @@ def compare(
     seeds: int = 1,
     match_parameters: bool = True,
     tolerance: float = 0.02,
+    contexts: tuple[int, ...] = (),
     resume: bool = False,
 ) -> None:
     """Race recipes: equal parameters, tokens and data order; a table and a picture. hippodrome compare RECIPE... [flags].
@@ -139,14 +143,24 @@ def compare(
         seeds: Runs of each recipe, with seeds that follow its own.
         match_parameters: Make the numbers of parameters equal.
         tolerance: Largest relative difference in parameters.
+        contexts: Time generation after prompts of so many tokens.
         resume: Continue a comparison; finished runs in it are not trained again.
     """
     from hippodrome.compare import compare as compare_runs
     from hippodrome.compare import print_table
+    from hippodrome.progress import ProgressDisplay
 
     folder = out or Path("runs") / "-".join(["compare", *recipes])
-    settings: dict[str, Any] = {"seeds": seeds, "match_parameters": match_parameters, "tolerance": tolerance, "resume": resume}
-    report = compare_runs(recipes, folder, **settings)
+    report = compare_runs(
+        recipes,
+        folder,
+        seeds=seeds,
+        match_parameters=match_parameters,
+        tolerance=tolerance,
+        contexts=contexts,
+        resume=resume,
+        display=ProgressDisplay,
+    )
     print_table(report)
     print(f"report.json and curves.png are in {folder}")
 
@@ -188,6 +202,103 @@ def convert(
 
     convert_h3(checkpoint, out, n_head=n_head)
     print(f"converted; the run is in {out}")
+
+
+def parity(
+    subject: Annotated[Positional[str], arg(metavar="NAME|RUN")],
+    *,
+    length: int = 64,
+    batch: int = 3,
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32",
+    d_model: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Check that a mixer or a trained model is one function: whole = chunks = steps = padded, in a table.
+
+    Args:
+        subject: A mixer's name, or the folder of a run.
+        length: Tokens a row.
+        batch: Rows.
+        precision: The dtype of weights and inputs.
+        d_model: Width of a mixer; a run has its own.
+        seed: Of a mixer's weights, the inputs and the cuts.
+        device: auto, cpu, cuda, cuda:1 and so on.
+    """
+    from hippodrome.checkpoint import load
+    from hippodrome.devices import choose_device
+    from hippodrome.model import Mixer
+    from hippodrome.parity import parity as check
+    from hippodrome.part import find, names
+
+    settings: dict[str, Any] = {"length": length, "batch": batch, "precision": precision, "seed": seed}
+    where = choose_device(device)
+    if subject in names("mixers"):
+        rows = check(find(Mixer, subject).Config(), d_model=d_model, device=where, **settings)
+    elif Path(subject).exists():
+        model = load(subject, device=where)
+        rows = check(model, vocab_size=getattr(model.config.embed, "vocab_size", None), device=where, **settings)
+    else:
+        raise BadInput(f"{subject!r} is no mixer and no folder: {nearest(subject, names('mixers'))}")
+    cells = [(row.check, f"{row.difference:.1e}", f"{row.tolerance:.0e}", "ok" if row.ok else "FAILS") for row in rows]
+    _print_table(("check", "difference", "allowed", ""), cells)
+    wrong = [row.check for row in rows if not row.ok]
+    if wrong:
+        raise BadInput(f"{subject} is not one function: {', '.join(wrong)} differ by more than rounding")
+
+
+def doctor() -> None:
+    """What is installed, and which backend each op takes here and why not the others."""
+    from hippodrome.doctor import examine
+
+    report = examine()
+    _print_table(("", ""), [*report.versions.items(), *[("device", device) for device in report.devices]])
+    _print_table(("", ""), [(name, str(count)) for name, count in report.threads.items()])
+    packages = [(package.name, package.version or "absent", package.purpose) for package in report.packages]
+    _print_table(("package", "version", "for"), packages)
+    reasons = [
+        (choice.op, choice.device, choice.backend, "; ".join(f"{name}: {why}" for name, why in choice.reasons.items()))
+        for choice in report.choices
+    ]
+    _print_table(("op", "on", "takes", "backends"), reasons)
+    if report.missing:
+        raise BadInput(f"needed and not installed: {', '.join(report.missing)}")
+
+
+def demo(*, out: Path = Path("runs/demo"), quick: bool = False) -> None:
+    """Race a hybrid H3 against a Transformer on real text: train, score, time, sample, a picture. Six minutes on two cores.
+
+    Args:
+        out: The folder that the race leaves.
+        quick: A race of seconds that shows nothing but that it runs.
+    """
+    from hippodrome.demo import run_demo
+
+    run_demo(out, quick=quick)
+
+
+def verify_resume(recipe: tuple[str, RunConfig], *, out: Path | None = None, kills: int = 3, kill_seed: int = 0) -> None:
+    """Prove that a run survives kill -9: train it whole, train it killed and resumed, compare every loss bit by bit.
+
+    Args:
+        out: The folder of the two runs; by default a temporary one.
+        kills: How often the second run is killed.
+        kill_seed: Draws the moments.
+    """
+    import tempfile
+
+    from hippodrome.verify import verify_resume as verify
+
+    with tempfile.TemporaryDirectory() as temporary:
+        found = verify(recipe[1], out or Path(temporary) / "runs", kills=kills, seed=kill_seed)
+    steps, killed = len(found.rows), ", ".join(map(str, found.kills))
+    if not found.equal:
+        differing = f"the first of {len(found.differing)} losses that differ is at step {found.differing[0]}"
+        raise BadInput(
+            f"killed after steps {killed} and resumed, the run is not the same: "
+            f"{differing if found.differing else 'the losses agree, the final weights do not'}"
+        )
+    print(f"killed after steps {killed} and resumed: all {steps} losses and the final weights agree in every bit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,13 +397,18 @@ def _tokenizer(run: Path) -> Any:
 
 
 def _print_scores(scores: dict[str, dict[str, float]]) -> None:
+    names = sorted({name for row in scores.values() for name in row})
+    rows = [(split, *[f"{row[name]:.4f}" if name in row else "" for name in names]) for split, row in scores.items()]
+    _print_table(("split", *[name.replace("_", " ") for name in names]), rows)
+
+
+def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = sorted({name for row in scores.values() for name in row})
-    table = Table("split", *[name.replace("_", " ") for name in names])
-    for split, row in scores.items():
-        table.add_row(split, *[f"{row[name]:.4f}" if name in row else "" for name in names])
+    table = Table(*heads, show_header=any(heads))
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 
@@ -304,5 +420,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "list": list_,
     "show": show,
     "convert": convert,
+    "parity": parity,
+    "doctor": doctor,
+    "demo": demo,
+    "verify-resume": verify_resume,
 }
-"""Verb -> function. Declared here, where a reader looks for what the command can do."""
+"""Verb -> function."""

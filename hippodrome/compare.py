@@ -235,9 +235,7 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
     """Training loss and validation score against tokens; where timed, milliseconds and state a generated token."""
     from hippodrome.plots import Panel
 
-    logs = {
-        name: [_read_log(folder / run / "metrics.jsonl") for run in row["runs"]] for name, row in report["results"].items()
-    }
+    logs = {name: [_read_log(folder / run / "metrics.jsonl") for run in row["runs"]] for name, row in report["results"].items()}
     headline = report["headline"]
     found = [
         Panel(

@@ -14,7 +14,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hippodrome.channels.mlp import Mlp
+from hippodrome.checkpoint import save
+from hippodrome.embeds.tokens import Tokens
+from hippodrome.files import replacing, write_json
+from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.h3 import H3
+from hippodrome.model import BlockConfig, Model, ModelConfig
 from hippodrome.part import BadInput
+from hippodrome.readouts.lm import Lm
+from hippodrome.run import RunConfig, TrainConfig, provenance, write_config
+from hippodrome.tasks import lm as tasks_lm
+from hippodrome.tokenizer import Tokenizer
 
 Weights = Mapping[str, Tensor]
 
@@ -33,6 +44,9 @@ PUBLISHED_HEADS = {(768, 12): 12, (1024, 24): 16, (2048, 24): 16, (2560, 32): 20
 
 TOLERANCE = 1e-4
 """Largest difference of the logit check, relative to the largest logit: fp32 against float64 through up to 32 blocks."""
+
+CHECK_TOKENS = 80
+"""Length of the fixed prompt: more than the shift's 64 taps."""
 
 _EMBEDDING = "backbone.embeddings.word_embeddings.weight"
 _HEAD = "lm_head.weight"
@@ -139,6 +153,109 @@ def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def model_config(layout: Layout) -> ModelConfig:
+    """Our model of this layout."""
+    mixer = H3.Config(head_dim=layout.d_head, d_state=layout.d_state)
+    attention = Attention.Config(n_head=layout.n_head or 1, rotary_dim=layout.rotary_dim)
+    channel = Mlp.Config(d_ff=layout.d_inner, activation="gelu_tanh")
+    return ModelConfig(
+        d_model=layout.d_model,
+        blocks=tuple(
+            BlockConfig(mixer=attention if i in layout.attention_layers else mixer, channel=channel)
+            for i in range(layout.n_layer)
+        ),
+        embed=Tokens.Config(vocab_size=layout.vocab_size, pad_to_multiple=1),
+        readout=Lm.Config(tied=layout.tied),
+    )
+
+
+def our_names(layout: Layout) -> dict[str, str]:
+    """Name in a checkpoint -> name in our model, for every parameter."""
+    parts = {
+        "mixer.ssm_k_kernel.kernel.B": "mixer.shift.B",
+        "mixer.ssm_k_kernel.kernel.C": "mixer.shift.C",
+        "mixer.ssm_k_D": "mixer.shift.D",
+        "mixer.kernel.kernel.log_dt": "mixer.diagonal.log_dt",
+        "mixer.kernel.kernel.inv_A_real": "mixer.diagonal.log_A_real",
+        "mixer.kernel.kernel.A_imag": "mixer.diagonal.A_imag",
+        "mixer.kernel.kernel.B": "mixer.diagonal.B",
+        "mixer.kernel.kernel.C": "mixer.diagonal.C",
+        "mixer.D": "mixer.diagonal.D",
+    }
+    modules = {"norm1": "mixer_norm", "norm2": "channel_norm", "mlp.fc1": "channel.fc1", "mlp.fc2": "channel.fc2"}
+    named = {_EMBEDDING: "embed.table.weight"}
+    for key in expected_shapes(layout):
+        if found := re.fullmatch(r"backbone\.layers\.(\d+)\.(.+)", key):
+            name = found[2]
+            module, _, kind = name.rpartition(".")
+            if name != _INV_FREQ:
+                named[key] = f"blocks.{found[1]}." + parts.get(name, f"{modules.get(module, module)}.{kind}")
+        elif key.startswith("backbone.ln_f."):
+            named[key] = key.replace("backbone.ln_f", "final_norm")
+    return named if layout.tied else {**named, _HEAD: "readout.linear.weight"}
+
+
+def convert_h3(checkpoint: str | Path, out: str | Path, *, n_head: int | None = None) -> dict[str, Any]:
+    """Write the checkpoint of an H3 language model as the folder `out` and return what converted.json in it says.
+
+    n_head: attention heads, which no checkpoint holds; None takes them from the table of the published sizes. The folder
+    holds model.safetensors (fp32), config.json and, where the vocabulary is GPT-2's, its tokenizer.json. Raises `BadInput`
+    when the file is no such checkpoint, is damaged, or when the converted model fails the logit check; `out` is then untouched.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise BadInput(f"{out} is {'a file' if out.is_file() else 'not empty'}: give a new folder to write")
+    weights = read_weights(checkpoint)
+    layout = infer_layout(weights, n_head)
+    model = _model(weights, layout)
+    tokenizer = Tokenizer.gpt2() if 50257 <= layout.vocab_size <= 50264 else None
+    report = {
+        "source": {"file": checkpoint.name, "bytes": checkpoint.stat().st_size},
+        "layout": {**asdict(layout), "attention_layers": list(layout.attention_layers)},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokenizer": "gpt2" if tokenizer else None,
+        "check": logit_check(model, weights, layout),
+        "provenance": provenance(),
+    }
+    with replacing(out) as beside:
+        save(model, beside)
+        if tokenizer:
+            tokenizer.save(beside)
+            task = tasks_lm.Lm.Config(tokenizer="gpt2", length=1024)
+            write_config(beside, RunConfig(model=model.config, task=task, train=TrainConfig()))
+        write_json(beside / "converted.json", report)
+    return report
+
+
+def logit_check(model: Model, weights: Weights, layout: Layout) -> dict[str, float]:
+    """How far the model's logits on a fixed prompt are from `reference_logits`; raises `BadInput` if too far."""
+    ids = torch.arange(CHECK_TOKENS) * 7919 % min(layout.vocab_size, 50257)
+    wanted = reference_logits(weights, layout, ids)
+    with torch.no_grad():
+        said = model.eval()(ids[None]).logits[0].double()
+    difference = ((said - wanted).abs().max() / wanted.abs().max()).item()
+    # Written so that NaN fails as well.
+    if not difference <= TOLERANCE:
+        raise BadInput(
+            f"the logit check failed: on {CHECK_TOKENS} tokens the converted model differs from the checkpoint's own formulas "
+            f"by {difference:.1e} of the largest logit, {TOLERANCE:.0e} is allowed; nothing was written"
+        )
+    return {"tokens": CHECK_TOKENS, "difference": difference, "tolerance": TOLERANCE}
+
+
+def _model(weights: Weights, layout: Layout) -> Model:
+    with torch.device("meta"):
+        model = model_config(layout).build()
+    model.load_state_dict(_renamed(weights, layout), assign=True)
+    return model
+
+
+def _renamed(weights: Weights, layout: Layout) -> dict[str, Tensor]:
+    """The tensors under our names, fp32, without the leading axis of one that the authors give C."""
+    named = {ours: weights[theirs].float() for theirs, ours in our_names(layout).items()}
+    return {name: tensor[0] if name.endswith((".shift.C", ".diagonal.C")) else tensor for name, tensor in named.items()}
+
+
 def reference_logits(weights: Weights, layout: Layout, ids: Tensor) -> Tensor:
     """Logits (L, V) float64 of ids (L,): the authors' equations written plainly on the file's own tensors.
 
@@ -168,7 +285,9 @@ def reference_logits(weights: Weights, layout: Layout, ids: Tensor) -> Tensor:
     def attention(x: Tensor, at: str) -> Tensor:
         assert layout.n_head is not None
         q, k, v = linear(x, f"{at}.Wqkv").unflatten(1, (3, layout.n_head, -1)).permute(1, 2, 0, 3)
-        q, k = _rotate(q, layout.rotary_dim), _rotate(k, layout.rotary_dim)
+        if layout.rotary_dim:
+            frequency = get(f"{at}.rotary_emb.inv_freq")
+            q, k = _rotate(q, frequency), _rotate(k, frequency)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
         future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
         mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
@@ -211,12 +330,11 @@ def _diagonal_kernel(log_dt: Tensor, log_decay: Tensor, a_imag: Tensor, b: Tenso
     return 2 * (weight[..., None] * powers).sum(1).real
 
 
-def _rotate(x: Tensor, width: int) -> Tensor:
-    """Rotary positions on the first `width` channels of (heads, L, K), channel j paired with j + width / 2; base 10000."""
-    if width == 0:
-        return x
-    turn = torch.arange(x.shape[1])[:, None] * 10000.0 ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
-    left, right, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+def _rotate(x: Tensor, frequency: Tensor) -> Tensor:
+    """Rotary positions: channel j of (heads, L, K) turns with channel j + n by t frequency_j, for the n frequencies."""
+    n = len(frequency)
+    turn = torch.arange(x.shape[1])[:, None] * frequency
+    left, right, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     return torch.cat([left * turn.cos() - right * turn.sin(), left * turn.sin() + right * turn.cos(), rest], -1)
 
 

@@ -39,7 +39,7 @@ def parse(
                 return_unknown_args=True,
             )
     except SystemExit:
-        raise BadInput(_one_line(said.getvalue())) from None
+        raise BadInput(f"{prog}: {_one_line(said.getvalue())}") from None
 
 
 def refuse(rest: Sequence[str], functions: Sequence[Callable[..., Any]], *, prog: str, given: Sequence[str] = ()) -> None:

@@ -126,6 +126,9 @@ def stream(
         vocab_size = tokenizer.vocab_size
     ends = [_StopBytes(stop, tokenizer) for _ in range(len(prompts))]
     rows = _as_ids(prompts, tokenizer)
+    table, largest = getattr(model.embed, "weight", None), max(map(max, rows))
+    if isinstance(table, Tensor) and largest >= len(table):
+        raise BadInput(f"a prompt holds the id {largest}: the model's vocabulary ends at {len(table) - 1}")
     return _decode(model, rows, max_new_tokens, sampling or Sampling(), set(stop_ids), ends, vocab_size, prefill_chunk)
 
 

@@ -10,13 +10,15 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hippodrome.checkpoint import load
 from hippodrome.model import BlockConfig, Embed, Mixer, Model, ModelConfig, ModelState, Readout
-from hippodrome.part import BadInput
+from hippodrome.part import BadInput, find, names, nearest
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -72,6 +74,15 @@ def around(mixer: Mixer.Config, d_model: int) -> Model:
     ).build()
 
 
+def find_subject(name: str) -> Model | Mixer.Config:
+    """A run's folder as its model, or a mixer's name as its default config."""
+    if Path(name).is_dir():
+        return load(name)
+    if name not in names("mixers"):
+        raise BadInput(f"{name!r} is no folder of a run and no mixer: {nearest(name, names('mixers'))}")
+    return find(Mixer, name).Config()
+
+
 def parity(
     subject: Model | Mixer.Config,
     *,
@@ -79,30 +90,50 @@ def parity(
     batch: int = 3,
     precision: Precision = "fp32",
     d_model: int = 32,
-    vocab_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> list[Parity]:
-    """The table of one model, or of one mixer of width `d_model`. Weights of a mixer, inputs and chunks come from `seed`.
+    """The table of a model (its hidden vectors are compared), or of a mixer in a model of one block of width `d_model`.
 
-    vocab_size: a model's inputs are ids below it; None: they are vectors (B, L, d_model), as for a mixer.
+    Weights of a mixer, inputs and where chunks are cut come from `seed`. The model given is left as it is.
     """
-    if length < 4 or batch < 2:
-        raise BadInput(f"parity needs length >= 4 and batch >= 2, not {length} and {batch}")
+    if length < 4 or batch < 2 or d_model < 1:
+        raise BadInput(f"parity needs length >= 4, batch >= 2 and d_model >= 1, not {length}, {batch} and {d_model}")
+    if precision not in DTYPES:
+        raise BadInput(f"no precision is called {precision!r}: {nearest(precision, DTYPES)}")
+    dtype = DTYPES[precision]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = copy.deepcopy(subject) if isinstance(subject, Model) else around(subject, d_model)
-        if vocab_size is None:
-            inputs = torch.randn(batch, length, model.config.d_model).to(DTYPES[precision])
-        else:
-            inputs = torch.randint(vocab_size, (batch, length))
+        model.readout = _Hidden(_Hidden.Config(), model.config.d_model, model.embed)
+        inputs = _inputs(model, batch, length).to(device)
         cuts = _cuts(length)
         starts = torch.randint(length // 2, (batch,))
         stops = starts + 1 + (torch.rand(batch) * (length - starts)).long()
-    model = model.to(device=device, dtype=DTYPES[precision]).eval()
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    model = model.to(device=device, dtype=dtype).eval()
     with torch.no_grad():
-        checks = list(_checks(model, inputs.to(device), torch.stack([starts, stops], 1).to(device), cuts))
+        checks = list(_checks(model, inputs, torch.stack([starts, stops], 1).to(device), cuts))
     return [Parity(name, difference, TOLERANCES[precision]) for name, difference in checks]
+
+
+def show(rows: list[Parity], title: str) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "difference", "allowed", "", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(row.check, f"{row.difference:.1e}", f"{row.tolerance:.0e}", "ok" if row.ok else "DIFFERS")
+    Console().print(table)
+
+
+def _inputs(model: Model, batch: int, length: int) -> Tensor:
+    """Ids for a model that embeds tokens, else vectors."""
+    table = getattr(model.embed, "weight", None)
+    if isinstance(table, Tensor):
+        return torch.randint(len(table), (batch, length))
+    return torch.randn(batch, length, getattr(model.embed, "channels", model.config.d_model))
 
 
 def _checks(model: Model, inputs: Tensor, spans: Tensor, cuts: list[int]) -> Iterator[tuple[str, float]]:

@@ -74,8 +74,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} is {value}: it must be at least 1, or none")
-        if self.lr <= 0:
+        if not 0 < self.lr < float("inf"):
             raise BadInput(f"lr is {self.lr}: it must be above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise BadInput(f"clip is {self.clip}: it must be above 0, or none")
         if self.weight_decay < 0:
             raise BadInput(f"weight_decay is {self.weight_decay}: it must be 0 or more")
         if not 0 <= self.warmup <= 1 or not 0 <= self.lr_final <= 1:

@@ -177,9 +177,9 @@ def _scores(model: Model, task: Task, split: Split, settings: TrainConfig, *, wh
 def _check_settings(settings: TrainConfig, device: torch.device) -> None:
     world, micro = devices.world(), micro_batch(settings)
     if micro < 1 or settings.batch_size % (micro * world):
-        cut = f"micro_batch {settings.micro_batch} times {world} processes" if settings.micro_batch else f"{world} processes"
         raise BadInput(
-            f"batch_size {settings.batch_size} cannot be cut evenly into {cut}: make it a multiple of {micro * world}"
+            f"batch_size {settings.batch_size} cannot be cut evenly for micro_batch {settings.micro_batch} and {world} "
+            f"processes: make it a multiple of {max(1, micro) * world}"
         )
     if settings.cuda_graph:
         wanted = {

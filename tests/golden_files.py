@@ -28,5 +28,18 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """max |found - expected| / max |expected|, in double precision."""
     assert found.shape == expected.shape, f"{tuple(found.shape)} is not {tuple(expected.shape)}"
     wide = torch.complex128 if expected.is_complex() else torch.float64
-    found, expected = found.detach().to(wide), expected.to(wide)
+    found, expected = found.detach().to(wide), expected.detach().to(wide)
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def shift_register(b: Tensor, inputs: Tensor) -> Tensor:
+    """x[n] = sum_(j<=n) B[n-j] u_(t-j), (..., H, N): the authors' state of a shift.
+
+    b (H, N); inputs (..., H, N): the last N inputs, the newest last, which is what our state keeps.
+    """
+    newest_first = inputs.flip(-1)
+    x = torch.zeros_like(newest_first)
+    for n in range(b.shape[-1]):
+        for j in range(n + 1):
+            x[..., n] += b[:, n - j] * newest_first[..., j]
+    return x

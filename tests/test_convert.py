@@ -93,7 +93,7 @@ def test_heads_that_the_file_does_not_hold_are_asked_for_by_name(weights):
     with pytest.raises(BadInput, match="--n-head is 5"):
         infer_layout(weights, 5)
     rotary = load_file(GOLDEN / "h3_lm_rotary_newkeys.safetensors")
-    with pytest.raises(BadInput, match="one of 1, 2, 4, 8$"):
+    with pytest.raises(BadInput, match=r"one of 1, 2, 4, 8$"):
         infer_layout(rotary, 16)
 
 
@@ -187,7 +187,7 @@ def test_a_wrong_conversion_fails_its_check_and_writes_nothing(weights, tmp_path
 
     def wrong(weights, layout):
         named = right(weights, layout)
-        swapped = [key for key in named if key.endswith("q_proj.weight")][0]
+        swapped = next(key for key in named if key.endswith("q_proj.weight"))
         return {**named, swapped: named[swapped.replace("q_proj", "k_proj")]}
 
     monkeypatch.setattr(convert, "_renamed", wrong)
@@ -225,7 +225,8 @@ def test_a_misshapen_tensor_is_named_with_its_shape(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"weight": torch.ones(2)}, {"transformer.wte.weight": torch.ones(3, 2), "transformer.h.0.ln_1.bias": torch.ones(2)}]
+    "data",
+    [{}, {"weight": torch.ones(2)}, {"transformer.wte.weight": torch.ones(3, 2), "transformer.h.0.ln_1.bias": torch.ones(2)}],
 )
 def test_foreign_state_dicts_are_named_as_such(data, tmp_path):
     refused(data, tmp_path, "no checkpoint of an H3 language model")
@@ -258,9 +259,7 @@ class Bomb:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_strangers_pickle_is_never_run(weights, tmp_path, legacy):
     mark = tmp_path / "mark"
-    torch.save(
-        {**weights, "bomb": Bomb(mark)}, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy
-    )
+    torch.save({**weights, "bomb": Bomb(mark)}, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
     data = (tmp_path / "model.pt").read_bytes()
     refused(data, tmp_path, "never loaded")
     refused(pickle.dumps(Bomb(mark)), tmp_path, "never loaded|no checkpoint|not a file of tensors")

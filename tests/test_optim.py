@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 class Ruled(ChannelMixer):
     """A part with one parameter of each kind of rule."""
 
-    optim_rules = {"slow": OptimRule(lr_scale=0.1, weight_decay=0.0), "inner.weight": OptimRule(lr_max=1e-3)}
+    optim_rules: ClassVar = {"slow": OptimRule(lr_scale=0.1, weight_decay=0.0), "inner.weight": OptimRule(lr_max=1e-3)}
 
     def __init__(self):
         super().__init__()
@@ -58,7 +59,7 @@ def test_decay_all_spares_only_what_a_rule_spares():
 
 def test_a_rule_for_no_parameter_raises_with_the_nearest():
     class Misspelt(Ruled):
-        optim_rules = {"slwo": OptimRule()}
+        optim_rules: ClassVar = {"slwo": OptimRule()}
 
     with pytest.raises(BadInput, match=r"Misspelt.optim_rules names 'slwo'.*did you mean 'slow'"):
         param_groups(Misspelt(), TrainConfig())

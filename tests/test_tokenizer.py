@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hippodrome.part import BadInput
 from hippodrome.tokenizer import END, Tokenizer
 
-WORDS = ["the cat sat on the mat, and the dog sat on the cat.\n" * 20, "Ünïcödé – naïve café 😀 " * 10]
+WORDS = ["the cat sat on the mat, and the dog sat on the cat.\n" * 20, "Ünïcödé: naïve café 😀 " * 10]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def bpe():
-    return Tokenizer.train(WORDS, 300)
+    return Tokenizer.train(WORDS, 290)
 
 
 def test_gpt2_ids_are_gpt2s(gpt2):
@@ -35,14 +35,14 @@ def test_bytes_are_their_own_ids():
 
 
 def test_a_bpe_has_the_size_asked_for_and_its_end_last(bpe):
-    assert (bpe.vocab_size, bpe.end) == (300, 299)
+    assert (bpe.vocab_size, bpe.end) == (290, 289)
     assert len(bpe.encode(WORDS[0])) < len(WORDS[0]) / 2
 
 
 def test_training_is_deterministic(bpe):
-    again = Tokenizer.train(iter(WORDS), 300)
+    again = Tokenizer.train(iter(WORDS), 290)
     assert again.hash == bpe.hash
-    assert Tokenizer.train(WORDS[::-1] + ["zebra " * 50], 300).hash != bpe.hash
+    assert Tokenizer.train([*WORDS[::-1], "zebra " * 50], 290).hash != bpe.hash
 
 
 def test_a_bpe_is_smaller_when_the_text_has_no_more_pairs():
@@ -107,7 +107,9 @@ def test_saved_and_loaded(tmp_path, bpe, gpt2):
         assert loaded.hash == tokenizer.hash
         assert loaded.encode(WORDS[1]) == tokenizer.encode(WORDS[1])
         # The library that the format belongs to reads the same ids.
-        assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(WORDS[1]).ids == tokenizer.encode(WORDS[1])
+        assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(WORDS[1]).ids == tokenizer.encode(
+            WORDS[1]
+        )
 
 
 def without_a_byte(saved):

@@ -55,7 +55,7 @@ def test_learns_a_task(tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [40, 60, 80, 120]
     assert [line["step"] for line in lines if "valid" in line] == [60, 120]
-    assert lines[-1]["loss"] < 0.2 < 2 < lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.2 < 1 < lines[0]["loss"]
     assert lines[-1]["tokens"] == report["tokens"] == 120 * 16 * 8
     assert [progress.step for progress in seen] == [40, 60, 80, 120]
     assert seen[1].scores is not None
@@ -354,8 +354,9 @@ def test_the_module_runs_a_config_and_speaks_in_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compiled_losses_equal_plain_ones(tmp_path):
-    train(tiny_run(steps=3), tmp_path / "plain")
-    train(tiny_run(steps=3, compile=True), tmp_path / "compiled")
+    model = dataclasses.replace(tiny_model(), blocks=tiny_model().blocks[:1])
+    train(tiny_run(model=model, steps=3), tmp_path / "plain")
+    train(tiny_run(model=model, steps=3, compile=True), tmp_path / "compiled")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
@@ -372,5 +373,3 @@ def test_a_cuda_graph_takes_the_steps_of_the_plain_loop(tmp_path, precision):
     run_until(graph, tmp_path / "stopped", 12)
     train(graph, tmp_path / "stopped", resume=True)
     assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "graph"), abs=close)
-
-

@@ -9,7 +9,7 @@ from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
-from hippodrome.readouts.lm import LmReadout
+from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.tasks.lm import Lm
 from hippodrome.tokenizer import Kind
@@ -38,6 +38,10 @@ class Text:
     """Where .jsonl and .parquet keep a document."""
 
 
+SOTU = Text()
+"""The shipped corpus: the State of the Union addresses."""
+
+
 def language_model(
     mixers: Sequence[Mixer.Config],
     text: Text,
@@ -48,7 +52,7 @@ def language_model(
     dropout: float,
     learned_positions: bool = False,
 ) -> RunConfig:
-    """Blocks of a mixer and an MLP each, embeddings tied to the readout. A run that carries its state reads the text as a stream."""
+    """Blocks of a mixer and an MLP each, embeddings tied to the readout. A run that carries its state reads a stream."""
     task = Lm.Config(**asdict(text), order="stream" if train.carry_state else "shuffled", seed=train.seed)
     if task.ids < 1:
         raise BadInput(f"vocab_size is {text.vocab_size}: it must be at least 257, for 256 bytes and the end of a document")

@@ -13,7 +13,7 @@ from typing import Literal
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
-from hippodrome.readouts.lm import LmReadout
+from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.tasks.induction import Induction
 from hippodrome.tasks.recall import Recall
@@ -40,6 +40,9 @@ class Language:
     log_every: int = 100
     eval_epochs: int = 10
     """Epochs between scores."""
+
+
+PAPER = Language()
 
 
 def synthetic(mixer: Mixer.Config, language: Language, *, learned_positions: bool = False) -> RunConfig:

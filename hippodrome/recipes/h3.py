@@ -5,8 +5,9 @@ from __future__ import annotations
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.part import BadInput
-from hippodrome.recipes._lm import BUDGET, Text, language_model
-from hippodrome.recipes._synthetic import Language, synthetic as _synthetic
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 
@@ -20,7 +21,7 @@ def h3(
     d_state: int = 64,
     head_dim: int = 1,
     dropout: float = 0.0,
-    text: Text = Text(),
+    text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
     """Hybrid H3 language model: H3 blocks, two of them with attention instead.
@@ -52,7 +53,7 @@ def pure(
     d_state: int = 64,
     head_dim: int = 8,
     dropout: float = 0.0,
-    text: Text = Text(),
+    text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
     """H3 language model without attention.
@@ -69,7 +70,7 @@ def pure(
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
-def synthetic(*, shift: bool = True, language: Language = Language()) -> RunConfig:
+def synthetic(*, shift: bool = True, language: Language = PAPER) -> RunConfig:
     """H3 on a synthetic language, with the paper's settings (table 1: induction 100.0, recall 99.8).
 
     Args:
@@ -78,7 +79,7 @@ def synthetic(*, shift: bool = True, language: Language = Language()) -> RunConf
     return _synthetic(H3.Config(use_shift=shift), language)
 
 
-def no_shift(*, language: Language = Language()) -> RunConfig:
+def no_shift(*, language: Language = PAPER) -> RunConfig:
     """H3 without its shift system on a synthetic language: what the shift is for."""
     return synthetic(shift=False, language=language)
 

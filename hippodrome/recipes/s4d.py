@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
-from hippodrome.recipes._lm import BUDGET, Text, language_model
-from hippodrome.recipes._synthetic import Language, synthetic as _synthetic
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 
@@ -16,7 +17,7 @@ def s4d(
     d_ff: int | None = None,
     d_state: int = 64,
     dropout: float = 0.0,
-    text: Text = Text(),
+    text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
     """S4D language model: S4D-Lin blocks with a GLU output, and MLPs.
@@ -32,7 +33,7 @@ def s4d(
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
-def synthetic(*, language: Language = Language()) -> RunConfig:
+def synthetic(*, language: Language = PAPER) -> RunConfig:
     """S4D on a synthetic language as the H3 paper's baseline (induction 35.6, recall 86.0).
 
     S4D-Inv, zero-order hold, one A for all channels, B folded into C, and a linear map without GLU after the system.

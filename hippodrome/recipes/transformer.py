@@ -6,8 +6,9 @@ from typing import Literal
 
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
-from hippodrome.recipes._lm import BUDGET, Text, language_model
-from hippodrome.recipes._synthetic import Language, synthetic as _synthetic
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 
@@ -20,7 +21,7 @@ def transformer(
     n_kv_head: int | None = None,
     positions: Literal["rotary", "learned"] = "rotary",
     dropout: float = 0.0,
-    text: Text = Text(),
+    text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
     """Transformer language model.
@@ -42,6 +43,6 @@ def transformer(
     return language_model([attention] * n_layer, text, train, **sizes, dropout=dropout, learned_positions=not rotary)
 
 
-def synthetic(*, language: Language = Language()) -> RunConfig:
+def synthetic(*, language: Language = PAPER) -> RunConfig:
     """Attention with one head and learned positions on a synthetic language (the H3 paper: 100 on both)."""
     return _synthetic(Attention.Config(n_head=1, dropout=0.1), language, learned_positions=True)

@@ -1,4 +1,4 @@
-"""HiPPO matrices against the authors' (tests/golden). Eigenvectors have no fixed phase: only phase-free numbers are compared."""
+"""HiPPO matrices against the authors' (tests/golden). Eigenvectors have no fixed phase: what is compared is free of it."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,130 @@
+"""H3 against the authors' layer (tests/golden/h3_layer_*): outputs, gradients, states and steps."""
+
+import pytest
+import torch
+
+from hippodrome.lti.s4d import S4D
+from hippodrome.lti.shift import Shift
+from hippodrome.mixers.h3 import H3
+from hippodrome.part import BadInput
+from tests.golden_files import as_complex, cases, load, relative_error, shift_register
+
+VARIANTS = (
+    H3.Config(head_dim=4, d_state=8),
+    H3.Config(head_dim=2, d_state=4, use_shift=False),
+    H3.Config(shift=Shift.Config(d_state=3), diagonal=S4D.Config(d_state=6, init="inv", n_ssm=1, skip=False)),
+)
+
+# Our parameter -> the authors'.
+NAMES = {
+    **{
+        f"{linear}.{kind}": f"{linear}.{kind}"
+        for linear in ("q_proj", "k_proj", "v_proj", "output_linear")
+        for kind in ("weight", "bias")
+    },
+    "shift.B": "ssm_k_kernel.kernel.B",
+    "shift.C": "ssm_k_kernel.kernel.C",
+    "shift.D": "ssm_k_D",
+    "diagonal.log_dt": "kernel.kernel.log_dt",
+    "diagonal.log_A_real": "kernel.kernel.inv_A_real",
+    "diagonal.A_imag": "kernel.kernel.A_imag",
+    "diagonal.B": "kernel.kernel.B",
+    "diagonal.C": "kernel.kernel.C",
+    "diagonal.D": "D",
+}
+LAYERS = [name for name in cases("h3_layer") if not name.endswith("_step")]
+
+
+def build(name):
+    golden = load(name)
+    d_model, d_state = golden["param/ssm_k_kernel.kernel.B"].shape
+    mixer = H3.Config(head_dim=d_model // len(golden["param/D"]), d_state=d_state).build(d_model)
+    shapes = {name: parameter.shape for name, parameter in mixer.named_parameters()}
+    assert set(shapes) == set(NAMES)
+    mixer.load_state_dict({ours: golden[f"param/{theirs}"].reshape(shapes[ours]) for ours, theirs in NAMES.items()})
+    return mixer, golden
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_the_authors(name):
+    mixer, golden = build(name)
+    x = golden["in/x"].requires_grad_()
+    y, state = mixer(x)
+    assert state is None
+    assert relative_error(y, golden["out/y"]) < 1e-5
+    (y * golden["in/g"]).sum().backward()
+    assert relative_error(x.grad, golden["grad/x"]) < 1e-4
+    for ours, theirs in NAMES.items():
+        parameter = mixer.get_parameter(ours)
+        assert relative_error(parameter.grad, golden[f"grad/param/{theirs}"].reshape(parameter.shape)) < 1e-4, ours
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_float64_confirms_that_the_rest_is_rounding(name):
+    mixer, golden = build(name)
+    exact, _ = mixer.double()(golden["in/x"].double())
+    single, _ = mixer.float()(golden["in/x"])
+    assert relative_error(exact, golden["out/y"]) < 1e-5
+    assert relative_error(single, exact) < 5e-6
+
+
+@pytest.mark.parametrize("name", cases("h3_layer_?_step"))
+def test_states_and_steps_are_the_authors(name):
+    mixer, golden = build(name.removesuffix("_step"))
+    expected = load(name)
+    prompt = expected["prefill/y"].shape[1]
+
+    def agrees(state, when):
+        register = shift_register(mixer.shift.B, state.shift.inputs)
+        assert relative_error(register, expected[f"{when}/shift_state"]) < 2e-5
+        theirs = as_complex(expected[f"{when}/diag_state"])
+        assert relative_error((mixer.diagonal.input_weights() * state.diagonal.z).reshape(theirs.shape), theirs) < 2e-5
+
+    x = golden["in/x"]
+    with torch.no_grad():
+        y, state = mixer(x[:, :prompt], mixer.init_state(len(x)))
+        assert relative_error(y, expected["prefill/y"]) < 2e-5
+        agrees(state, "prefill")
+        outputs = []
+        for t in range(prompt, x.shape[1]):
+            y, state = mixer.step(x[:, t], state)
+            outputs.append(y)
+            if t == prompt:
+                agrees(state, "step1")
+        assert relative_error(torch.stack(outputs, 1), expected["step/y"]) < 2e-5
+        agrees(state, "final")
+
+
+def test_the_released_unfused_code_orders_channels_otherwise():
+    """It numbers the output channels j H + h where the fused kernel, and we, number them h p + j."""
+    mixer, golden = build("h3_layer_headdim4")
+    weight = mixer.output_linear.weight
+    with torch.no_grad():
+        weight.copy_(weight.unflatten(1, (mixer.head_dim, -1)).transpose(1, 2).flatten(1))
+    assert relative_error(mixer(golden["in/x"])[0], golden["out/y_released_order"]) < 1e-5
+
+
+def test_without_its_shift_the_keys_are_what_they_are():
+    torch.manual_seed(0)
+    mixer = H3.Config(use_shift=False, d_state=4).build(6)
+    assert not any(name.startswith("shift") for name, _ in mixer.named_parameters())
+    x = torch.randn(2, 9, 6)
+    q, k, v = (linear(x).transpose(1, 2) for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    s, _ = mixer.diagonal.convolve(k * v)
+    torch.testing.assert_close(mixer(x)[0], mixer.output_linear((q * s).transpose(1, 2)))
+
+
+def test_systems_stay_in_fp32_in_a_half_precision_model():
+    mixer = H3.Config(d_state=8).build(8).to(torch.bfloat16)
+    assert mixer.q_proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for part in (mixer.shift, mixer.diagonal) for p in part.parameters()} == {torch.float32}
+    y, state = mixer(torch.randn(2, 5, 8).bfloat16(), mixer.init_state(2))
+    assert y.dtype == torch.bfloat16
+    assert state.shift.inputs.dtype == torch.float32
+    assert state.diagonal.z.dtype == torch.complex64
+
+
+@pytest.mark.parametrize(("head_dim", "near"), [(3, 2), (0, 1), (-2, 1), (7, 8)])
+def test_a_head_that_does_not_fit_is_refused(head_dim, near):
+    with pytest.raises(BadInput, match=f"head_dim {head_dim} does not divide d_model 16: take {near}"):
+        H3.Config(head_dim=head_dim).build(16)

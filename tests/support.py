@@ -1,0 +1,85 @@
+"""What contract tests share: which configs to test, and how to compare."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hippodrome.part import Part, find, from_dict, names, to_dict
+from tests.golden_files import relative_error
+
+
+def every(slot: type[Part]) -> pytest.MarkDecorator:
+    """Parametrises `config` over all parts of a slot: the default config of each and the VARIANTS of its own test file."""
+    return pytest.mark.parametrize("config", list(_configs(slot)))
+
+
+def _configs(slot: type[Part]) -> Iterator[Any]:
+    for name in names(slot.folder):
+        yield pytest.param(find(slot, name).Config(), id=name)
+        for number, config in enumerate(_variants(slot.folder, name), start=1):
+            yield pytest.param(config, id=f"{name}-{number}")
+
+
+def _variants(folder: str, name: str) -> tuple[Part.Config, ...]:
+    if not (Path(__file__).parent / folder / f"test_{name}.py").exists():
+        return ()
+    return getattr(importlib.import_module(f"tests.{folder}.test_{name}"), "VARIANTS", ())
+
+
+def build(config: Part.Config, *sizes: int, seed: int = 0) -> Any:
+    """The part with parameters moved off their start, where zeros, ones and symmetries hide mistakes."""
+    torch.manual_seed(seed)
+    part = config.build(*sizes)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return part
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    """Differences of at most `tolerance`, relative to the largest number expected."""
+    assert torch.isfinite(found).all()
+    if expected.any():
+        assert relative_error(found, expected) <= tolerance
+    else:
+        assert found.shape == expected.shape
+        assert found.abs().sum() <= tolerance
+
+
+def assert_survives_json(slot: type[Part], config: Part.Config) -> None:
+    assert from_dict(slot.Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def assert_builds_on_meta(config: Part.Config, *sizes: int) -> None:
+    """Same names and shapes as the real thing, without a byte of memory."""
+    with torch.device("meta"):
+        ghost = config.build(*sizes)
+    real = config.build(*sizes)
+    assert all(tensor.is_meta for tensor in ghost.state_dict().values())
+    assert _shapes(ghost) == _shapes(real)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
+
+
+def assert_rules_name_parameters(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, Part):
+            unknown = set(part.optim_rules) - {name for name, _ in part.named_parameters()}
+            assert not unknown, f"{type(part).__name__}.optim_rules names {unknown}"
+
+
+def assert_gradients(module: nn.Module) -> None:
+    """Every trainable parameter has a finite gradient."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
