@@ -79,8 +79,8 @@ def write_weights(model: Model, file: Path) -> None:
 
 def fill(model: Model, file: Path) -> None:
     """Copy a file's tensors into a model. Raises `BadInput` with the first names that differ, before anything is copied."""
-    if wrong := tensor_damage(file):
-        raise BadInput(f"{file} {wrong}")
+    if unreadable := tensor_damage(file):
+        raise BadInput(f"{file} {unreadable}")
     wanted = _tensors(model)
     with safe_open(file, "pt") as weights:
         found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -258,12 +258,11 @@ class _NoDraws(TorchFunctionMode):
 
 def _tensors(model: Model) -> dict[str, Tensor]:
     """A model's tensors by name; one that modules share appears under its first name only."""
-    seen: set[int] = set()
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not (id(tensor) in seen or seen.add(id(tensor)))
-    }
+    first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

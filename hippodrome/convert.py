@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -345,22 +345,25 @@ def _read(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         head = file.read(9)
     try:
-        if head[:2] == b"PK":
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        elif head[8:] == b"{":
-            data = load_file(path)
-        else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+        data = load_file(path) if head[8:] == b"{" else _load_torch(path, mmap=head[:2] == b"PK")
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-        raise BadInput(
-            f"{path} is not a file of tensors, or holds Python objects that are never loaded. {reason}".rstrip()
-        ) from None
-    except (RuntimeError, EOFError, SafetensorError) as error:
-        raise BadInput(f"{path} is truncated or damaged: {str(error).partition(chr(10))[0]}") from None
+        raise BadInput(f"{path} is no file of tensors, or holds Python objects, which are never loaded. {reason}".rstrip()) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A damaged pickle fails in as many ways as it has bytes.
+        raise BadInput(f"{path} is truncated or damaged: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
     if not isinstance(data, Mapping):
         raise BadInput(f"{path} is no checkpoint of an H3 language model: it holds a {type(data).__name__}")
     return data
+
+
+def _load_torch(path: Path, mmap: bool) -> Any:
+    with warnings.catch_warnings():
+        # It warns of pickles that torch did not write; those it then refuses.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _current_names(weights: Weights) -> dict[str, Tensor]:

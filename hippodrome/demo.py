@@ -34,7 +34,7 @@ def demo_recipes(quick: bool = False) -> dict[str, RunConfig]:
         text, size = replace(text, vocab_size=300, length=32, holdout=0.001), {"n_layer": 2, "d_model": 16}
         train = replace(train, steps=6, batch_size=4, log_every=2, eval_every=3, eval_batches=1)
     hybrid = h3(**size, n_head=2, text=text, train=train)
-    return match({"hybrid H3": hybrid, "Transformer": transformer(**size, n_head=2, text=text, train=train)})
+    return match({"hybrid-h3": hybrid, "transformer": transformer(**size, n_head=2, text=text, train=train)})
 
 
 def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:

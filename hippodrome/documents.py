@@ -234,7 +234,7 @@ def _plain(path: Path, separator: str | None) -> Iterator[Piece]:
 def _safe_cut(text: str, stop: int) -> int:
     """The last place before `stop` where white space with a line break begins: every BPE here parts words there. Else 0."""
     cut = max(text.rfind("\n", 0, stop), 0)
-    while cut < 0 and text[cut - 1].isspace():
+    while cut > 0 and text[cut - 1].isspace():
         cut -= 1
     return cut
 

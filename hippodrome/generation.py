@@ -203,8 +203,6 @@ def _decode(
     model.eval()
     try:
         logits, state = _prefill(model, prompts, max_new_tokens, prefill_chunk)
-        if not logits.isfinite().all():
-            raise BadInput("the model's logits are not finite: its weights are damaged or its training diverged")
         seen = _seen(prompts, logits, vocab_size) if sampling.repetition_penalty != 1 else None
         dice = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
         live = list(range(len(prompts)))
@@ -256,6 +254,9 @@ def _prefill(model: Model, prompts: list[list[int]], room: int, chunk: int) -> t
 
 def _draw(logits: Tensor, sampling: Sampling, seen: Tensor | None, dice: list[torch.Generator]) -> list[int]:
     """One token a row: where its cumulative probability passes a uniform number of the row's own generator."""
+    # Not all logits, as -inf is how a model forbids a token.
+    if not logits.amax(-1).isfinite().all():
+        raise BadInput("the model's logits are not finite: its weights are damaged or its training diverged")
     odds = probabilities(logits, sampling, seen)
     if sampling.temperature == 0:
         return odds.argmax(-1).tolist()

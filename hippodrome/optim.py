@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def rules(model: nn.Module) -> dict[str, OptimRule]:
     return found
 
 
-def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups of parameters that share a peak learning rate (`peak`) and a weight decay.
 
     Weight decay applies to matrices or to everything, as the config says; a part's rule comes first.

@@ -23,8 +23,8 @@ from hippodrome.part import BadInput, find, names, nearest
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCES = {"fp64": 1e-6, "fp32": 2e-5, "bf16": 5e-2, "fp16": 1e-2}
-"""Largest difference, relative to the largest output. fp64 still meets tables of powers rounded to complex64."""
+TOLERANCES = {"fp64": 1e-9, "fp32": 5e-5, "bf16": 2e-2, "fp16": 3e-3}
+"""Largest difference, relative to the largest output: a few times what the mixers show at lengths up to 2048."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -131,15 +131,21 @@ class Step:
 
     def carried(self) -> dict[str, Tensor]:
         """The states that go on to the next step, of all processes, as tensors named by micro-batch and place."""
-        mine = {f"{j}/{i}": tensor.cpu() for j, state in self._states.items() for i, tensor in enumerate(state.tensors())}
+        mine = {
+            f"{j}/{i}": tensor.to("cpu", copy=True)
+            for j, state in self._states.items()
+            for i, tensor in enumerate(state.tensors())
+        }
         return {name: tensor for part in devices.gathered(mine) for name, tensor in part.items()}
 
     def restore(self, scaler: dict[str, Any], carried: Mapping[str, Tensor]) -> None:
         """Take up what `carried` and the scaler's `state_dict` gave."""
         self.scaler.load_state_dict(scaler)
-        for j in sorted({int(name.partition("/")[0]) for name in carried}):
-            parts = iter([carried[f"{j}/{i}"] for i in range(sum(name.startswith(f"{j}/") for name in carried))])
-            self._states[j] = self.model.init_state(self.micro).map(lambda _, parts=parts: next(parts).to(self.device))
+        count = self.settings.batch_size // self.micro
+        for j in range(devices.rank(), count, devices.world()):
+            held = [carried[name] for i in range(len(carried)) if (name := f"{j}/{i}") in carried]
+            if held:
+                self._states[j] = _refilled(self.model.init_state(self.micro), held)
 
 
 class _LossOf(nn.Module):
@@ -152,6 +158,16 @@ class _LossOf(nn.Module):
     def forward(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState | None]:
         loss = self.model.loss(batch, state)
         return loss.total, loss.state
+
+
+def _refilled(state: ModelState, tensors: Sequence[Tensor]) -> ModelState:
+    """A state with these tensors, given in the order of its `tensors`, in place of its own."""
+    left = iter(tensors)
+
+    def take(old: Tensor) -> Tensor:
+        return next(left).to(old.device)
+
+    return state.map(take)
 
 
 def _count_tokens(batch: Batch) -> int:

@@ -100,21 +100,43 @@ def test_accumulation_equals_one_big_batch(tmp_path):
         torch.testing.assert_close(left, right, atol=2e-5, rtol=0)
 
 
+def two_processes(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path):
     """With accumulation and dropout; torchrun, gloo."""
     config = tiny_run(model=tiny_model(dropout=0.1), steps=6, micro_batch=2, save_every=3)
     train(config, tmp_path / "one")
     write_json(tmp_path / "config.json", to_dict(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["hippodrome.train", str(tmp_path / "config.json"), str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr
+    two_processes("-m", "hippodrome.train", tmp_path / "config.json", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2
     assert two["tokens"] == one["tokens"]
     assert two["scores"]["valid"]["loss"] == pytest.approx(one["scores"]["valid"]["loss"], abs=1e-5)
+
+
+def test_two_processes_carry_states_and_resume(tmp_path):
+    """Each process carries the states of its own micro-batches; a checkpoint holds those of all."""
+    config = tiny_run(Double.Config(), carry_state=True, micro_batch=2, save_every=4)
+    train(config, tmp_path / "one")
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from pathlib import Path
+from hippodrome.train import train
+from tests.tiny import Double, tiny_run
+config = tiny_run(Double.Config(), carry_state=True, micro_batch=2, save_every=4)
+run = Path({str(tmp_path / "two")!r})
+train(config, run)
+for path in (run / "report.json", run / "model.safetensors", run / "checkpoints/step-00000012/manifest.json"):
+    torch.distributed.is_initialized()
+""")
+    two_processes(script)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 @pytest.mark.parametrize(("step", "every"), [(3, 5), (7, 5), (9, 2)])

@@ -104,7 +104,7 @@ class Diagonal(LTI[DiagonalState]):
     def step(self, u: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState]:
         with torch.autocast(u.device.type, enabled=False):
             log_modes, weights = self.modes()
-            z = torch.exp(log_modes) * state.z + u.float().unsqueeze(-1)
+            z = torch.exp(log_modes) * state.z + u.to(torch.promote_types(u.dtype, torch.float32)).unsqueeze(-1)
             y = (weights * z).real.sum(-1)
             return (y if self.D is None else y + self.D * u).to(u.dtype), DiagonalState(z)
 

@@ -93,7 +93,7 @@ class S4D(Diagonal):
         """
         b_bar, log_a_bar = self._discretise(rate)
         weights = _complex(self.C) * b_bar
-        kept = self.C.dtype.to_complex()
+        kept = torch.promote_types(self.C.dtype, torch.complex64)
         return log_a_bar.to(kept), (weights if self.real else 2 * weights).to(kept)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
@@ -101,7 +101,7 @@ class S4D(Diagonal):
 
     def input_weights(self) -> Tensor:
         """Bbar (H, M): the authors' state is Bbar z."""
-        return self._discretise(1.0)[0].to(self.C.dtype.to_complex())
+        return self._discretise(1.0)[0].to(torch.promote_types(self.C.dtype, torch.complex64))
 
     def _discretise(self, rate: float) -> tuple[Tensor, Tensor]:
         """Bbar and log Abar, (H, M) complex128."""

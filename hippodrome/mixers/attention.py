@@ -25,41 +25,66 @@ from hippodrome.state import State
 
 @dataclass(frozen=True)
 class AttentionState(State):
-    """Keys and values seen. k, v (B, G, S, K); key_position (B, S) int64, -1 in an empty slot; position (B,) int64: the next.
+    """Keys and values seen: k, v (B, G, S, K) in S slots; position (B,) int64, the tokens each row has seen.
 
-    With `slots` the buffers are fixed and written in place: slot p % slots holds position p, and one more slot, always
-    empty, takes what must not be kept. Without, they grow. `seen` bounds every row's position from above.
+    A row's position p lies in slot p % S, so rows of different lengths share the buffers and what a slot holds follows from
+    `position`. S is as large as the longest row, or as the window once that is full; fixed: S is the room asked for.
     """
 
     k: Tensor
     v: Tensor
-    key_position: Tensor
     position: Tensor
-    slots: int | None = None
-    seen: int = 0
+    fixed: bool = False
+
+    @property
+    def key_position(self) -> Tensor:
+        """(B, S): the position whose key each slot holds, negative in an empty slot."""
+        newest, size = self.position[:, None] - 1, self.k.shape[2]
+        return newest - (newest - torch.arange(size, device=newest.device)) % max(size, 1)
 
     @classmethod
     def join(cls, states: Sequence[Self]) -> Self:
         size = max(state.k.shape[2] for state in states)
-        if any(state.slots is not None and state.k.shape[2] != size for state in states):
-            raise BadInput("states of fixed size join only when they have the same room")
-        padded = [state._padded(size) for state in states]
-        joined = super().join(padded)
-        return dataclasses.replace(joined, seen=max(state.seen for state in states))
+        joined = super().join([state.padded(size) for state in states])
+        return dataclasses.replace(joined, fixed=all(state.fixed for state in states))
 
-    def _padded(self, size: int) -> Self:
-        more = size - self.k.shape[2]
-        k, v = (F.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
-        return dataclasses.replace(self, k=k, v=v, key_position=F.pad(self.key_position, (0, more), value=-1))
+    def padded(self, size: int) -> Self:
+        """The same rows in `size` slots, which are not fewer than now. A window whose slots have wrapped has all of its."""
+        more = (0, 0, 0, size - self.k.shape[2])
+        return dataclasses.replace(self, k=F.pad(self.k, more), v=F.pad(self.v, more))
+
+    def written(self, k: Tensor, v: Tensor, counts: Tensor | None) -> Self:
+        """The state after the new keys and values (B, G, L, K), of which the first `counts` (B,) are real; None: all."""
+        after = dataclasses.replace(self, position=self.position + (k.shape[2] if counts is None else counts))
+        if k.shape[2] == 1 and counts is None:
+            return dataclasses.replace(after, k=self._token(self.k, k), v=self._token(self.v, v))
+        # For every slot the new token it ends up with, negative where it keeps what it holds.
+        source = after.key_position - self.position[:, None]
+        return dataclasses.replace(after, k=_refilled(self.k, k, source), v=_refilled(self.v, v, source))
+
+    def _token(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """One token a row, in place unless a gradient is to flow through it."""
+        slot = (self.position % buffer.shape[2])[:, None, None, None].expand_as(new)
+        return buffer.scatter(2, slot, new) if torch.is_grad_enabled() else buffer.scatter_(2, slot, new)
+
+
+def _refilled(buffer: Tensor, new: Tensor, source: Tensor) -> Tensor:
+    source = source[:, None, :, None]
+    index = source.clamp(min=0).expand(-1, new.shape[1], -1, new.shape[3])
+    return torch.where(source >= 0, new.gather(2, index), buffer)
 
 
 def rotate(x: Tensor, position: Tensor, dim: int, base: float) -> Tensor:
-    """Rotary embedding of the first `dim` channels of x (B, H, L, K), half-split pairs, at positions (B or 1, L)."""
+    """Rotary embedding of the first `dim` channels of x (B, H, L, K), half-split pairs, at positions (B or 1, L).
+
+    Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim).
+    """
     half = dim // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angle = position[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half].float(), x[..., half:dim].float()
+    real = torch.promote_types(x.dtype, torch.float32)
+    a, b = x[..., :half].to(real), x[..., half:dim].to(real)
     turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
     return torch.cat([turned, x[..., dim:]], -1)
 
@@ -85,14 +110,14 @@ class Attention(Mixer[AttentionState]):
         super().__init__()
         n_head, n_kv = config.n_head, config.n_head if config.n_kv_head is None else config.n_kv_head
         if n_head < 1 or d_model % n_head:
-            good = [n for n in range(1, d_model + 1) if d_model % n == 0]
-            best = min(good, key=lambda n: abs(n - n_head))
-            raise BadInput(f"{n_head} heads do not divide d_model {d_model}: the nearest number that does is {best}")
+            raise BadInput(f"{n_head} heads do not divide d_model {d_model}: take {_nearest_divisor(n_head, d_model)}")
         if n_kv < 1 or n_head % n_kv:
-            raise BadInput(f"n_kv_head is {n_kv}: it must divide n_head {n_head}")
+            raise BadInput(f"n_kv_head {n_kv} does not divide n_head {n_head}: take {_nearest_divisor(n_kv, n_head)}")
         d_head = d_model // n_head
         if config.rotary_dim < 0 or config.rotary_dim % 2 or config.rotary_dim > d_head:
-            raise BadInput(f"rotary_dim is {config.rotary_dim}: it must be even and at most the head width {d_head}")
+            raise BadInput(f"rotary_dim is {config.rotary_dim}: it must be even, 0 or more and at most the head width {d_head}")
+        if not 0 <= config.dropout < 1:
+            raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.config = config
         self.n_head, self.n_kv, self.d_head = n_head, n_kv, d_head
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
@@ -102,84 +127,79 @@ class Attention(Mixer[AttentionState]):
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        batch, length, _ = x.shape
+        length = x.shape[1]
         sizes = [n * self.d_head for n in (self.n_head, self.n_kv, self.n_kv)]
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in self.Wqkv(x).split(sizes, -1))
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
         if self.config.rotary_dim:
             q, k = (rotate(t, position, self.config.rotary_dim, self.config.rotary_base) for t in (q, k))
-        dropout = self.config.dropout if self.training else 0.0
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
-            hidden = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = attention(q, k, v, self.config.pattern, k_position=hidden, dropout=dropout)
-            after = None
+            real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
+            y = self._attend(q, k, v, k_position=real)
         else:
-            real = position if lengths is None else torch.where(at < lengths[:, None], position, -1)
-            keys, values, key_position, after = self._remember(state, k, v, real.expand(batch, -1), lengths)
-            y = attention(
-                q.to(keys.dtype), keys, values, self.config.pattern,
-                q_position=position.expand(batch, -1), k_position=key_position, dropout=dropout,
-            )  # fmt: skip
-        y = y.transpose(1, 2).flatten(2)
-        return self.out_proj(y.to(self.out_proj.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else y), after
+            y, state = self._continue(q, k, v, position, state, lengths)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), state
 
     def init_state(self, batch: int, max_len: int | None = None) -> AttentionState:
         if not self.causal:
             raise BadInput(f"attention under {self.config.pattern} sees the future: it has no state and cannot generate")
         weight, reach = self.Wqkv.weight, self.config.pattern.reach
-        slots = None
-        if max_len is not None:
-            slots = max_len if reach is None else min(max_len, reach)
-        size = 0 if slots is None else slots + 1
+        size = 0 if max_len is None else max_len if reach is None else min(max_len, reach)
         k, v = (weight.new_zeros(batch, self.n_kv, size, self.d_head) for _ in range(2))
-        empty = torch.full((batch, size), -1, dtype=torch.int64, device=weight.device)
-        return AttentionState(k, v, empty, torch.zeros(batch, dtype=torch.int64, device=weight.device), slots)
+        return AttentionState(k, v, torch.zeros(batch, dtype=torch.int64, device=weight.device), max_len is not None)
 
-    def _remember(
-        self, state: AttentionState, k: Tensor, v: Tensor, real: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
-        """Keys, values and positions that the new queries look at, and the state with the new tokens in it."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, q_position: Tensor | None = None, k_position: Tensor | None = None
+    ) -> Tensor:
+        dropout = self.config.dropout if self.training else 0.0
+        return attention(q, k, v, self.config.pattern, q_position=q_position, k_position=k_position, dropout=dropout)
+
+    def _continue(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: AttentionState, lengths: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
+        """What the queries at `position` (B, L) take from the past and the chunk, and the state after the chunk."""
         length = k.shape[2]
-        next_position = state.position + (length if lengths is None else lengths)
-        seen = state.seen + length
-        if state.slots is None:
-            k, v = (torch.cat([old.to(new.dtype), new], 2) for old, new in ((state.k, k), (state.v, v)))
-            key_position = torch.cat([state.key_position, real], 1)
-            kept = self._cropped(k, v, key_position, lengths)
-            return k, v, key_position, AttentionState(*kept, next_position, None, seen)
-        if self.config.pattern.reach is None and seen > state.slots:
-            raise BadInput(f"{seen} tokens do not fit the attention state's room for {state.slots}: ask for a larger max_len")
+        state = dataclasses.replace(state, k=state.k.to(k.dtype), v=state.v.to(v.dtype))
+        state, newest = self._with_room(state, length, lengths)
+        if newest is not None and length > 1 and not int(state.position.max()):
+            return self._attend(q, k, v), state.written(k, v, lengths)
         if length > 1 and self.config.pattern.reach is not None:
-            # A ring drops keys that the chunk's first queries still need, so these look at old and new side by side.
-            looked = (torch.cat([state.k, k.to(state.k.dtype)], 2), torch.cat([state.v, v.to(state.v.dtype)], 2),
-                      torch.cat([state.key_position, real], 1))  # fmt: skip
-            return *looked, self._written(state, k, v, real, next_position, seen)
-        after = self._written(state, k, v, real, next_position, seen)
-        return after.k, after.v, after.key_position, after
+            # Writing the chunk drops keys that its first queries still need, so these look at old and new side by side.
+            real = (
+                position
+                if lengths is None
+                else torch.where(position - state.position[:, None] < lengths[:, None], position, -1)
+            )
+            keys, values = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+            y = self._attend(q, keys, values, q_position=position, k_position=torch.cat([state.key_position, real], 1))
+            return y, state.written(k, v, lengths)
+        after = state.written(k, v, lengths)
+        keys, values, at = after.k[:, :, :newest], after.v[:, :, :newest], after.key_position[:, :newest]
+        return self._attend(q, keys, values, q_position=position, k_position=at), after
 
-    def _written(
-        self, state: AttentionState, k: Tensor, v: Tensor, real: Tensor, next_position: Tensor, seen: int
-    ) -> AttentionState:
-        """The new tokens in their slots of the fixed buffers; padding and what the ring would overwrite go to the spare one."""
-        slots = state.slots
-        assert slots is not None
-        kept = (real >= 0) & (real >= next_position[:, None] - slots)
-        slot = torch.where(kept, real % slots, slots)
-        index = slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        state.k.scatter_(2, index, k.to(state.k.dtype))
-        state.v.scatter_(2, index, v.to(state.v.dtype))
-        state.key_position.scatter_(1, slot, torch.where(kept, real, -1))
-        return AttentionState(state.k, state.v, state.key_position, next_position, slots, seen)
+    def _with_room(self, state: AttentionState, length: int, lengths: Tensor | None) -> tuple[AttentionState, int | None]:
+        """The state with slots for the chunk, and the tokens of its longest row then; None where the host does not know.
 
-    def _cropped(self, k: Tensor, v: Tensor, key_position: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What a growing state keeps: everything, or the keys a window can still see."""
-        reach = self.config.pattern.reach
-        if reach is None or k.shape[2] <= reach:
-            return k, v, key_position
-        if lengths is None:
-            return k[:, :, -reach:], v[:, :, -reach:], key_position[:, -reach:]
-        order = key_position.argsort(dim=1, stable=True)[:, -reach:]
-        index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        return k.gather(2, index), v.gather(2, index), key_position.gather(1, order)
+        A single token on a GPU is not worth waiting for: a growing state grows by one, and a full one fails on the device.
+        """
+        size, reach = state.k.shape[2], self.config.pattern.reach
+        newest = None
+        if length > 1 or state.position.device.type == "cpu":
+            newest = int((state.position + (length if lengths is None else lengths)).max())
+        if not state.fixed:
+            wanted = size + length if newest is None else max(size, newest)
+            return state.padded(wanted if reach is None else min(wanted, reach)), newest
+        if size != reach:
+            if newest is None:
+                torch._assert_async(
+                    (state.position < size).all(), "the attention state's room is full: ask for a larger max_len"
+                )
+            elif newest > size:
+                raise BadInput(f"{newest} tokens do not fit the attention state's room for {size}: ask for a larger max_len")
+        return state, newest
+
+
+def _nearest_divisor(wanted: int, number: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

@@ -113,9 +113,12 @@ def test_the_future_does_not_leak(config, at):
     mixer, x = causal(config), vectors(13)
     other = x.clone()
     other[:, at] += vectors(1, seed=2)[:, 0]
-    before, after = mixer(x)[0], mixer(other)[0]
-    assert_close(after[:, :at], before[:, :at], 1e-6 * float(before.abs().max() / before[:, :at].abs().max()) if at else 0.0)
-    assert (after[:, at] - before[:, at]).abs().max() > 1e-4
+    with torch.no_grad():
+        before, after = mixer(x)[0], mixer(other)[0]
+    moved = (after - before).abs().amax((0, 2)) / before.abs().max()
+    # Convolutions by FFT mix the whole row, and leave their rounding everywhere.
+    assert moved[:at].sum() <= 1e-6
+    assert moved[at] > 1e-4
 
 
 @every(Mixer)
@@ -165,7 +168,7 @@ def test_gradients_through_a_carried_state_are_those_of_the_whole(config):
     (fed(mixer, x, [4, 9])[0] * g).sum().backward()
     largest = max(float(grad.abs().max()) for grad in whole.values())
     for name, expected in whole.items():
-        # Beside a gradient that is zero in exact arithmetic, as a key's bias has in attention, rounding is compared to the rest.
+        # A gradient that is zero in exact arithmetic (a key's bias in attention) is rounding, and is compared to the others.
         scale = max(1.0, 1e-3 * largest / max(float(expected.abs().max()), 1e-30))
         assert_close(mixer.get_parameter(name).grad, expected, 1e-4 * scale)
 
