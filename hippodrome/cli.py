@@ -236,8 +236,7 @@ def parity(
     if subject in names("mixers"):
         rows = check(find(Mixer, subject).Config(), d_model=d_model, device=where, **settings)
     elif Path(subject).exists():
-        model = load(subject, device=where)
-        rows = check(model, vocab_size=getattr(model.config.embed, "vocab_size", None), device=where, **settings)
+        rows = check(load(subject, device=where), device=where, **settings)
     else:
         raise BadInput(f"{subject!r} is no mixer and no folder: {nearest(subject, names('mixers'))}")
     cells = [(row.check, f"{row.difference:.1e}", f"{row.tolerance:.0e}", "ok" if row.ok else "FAILS") for row in rows]
@@ -329,7 +328,7 @@ def _fail(message: str, code: int = 2) -> int:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     plain = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"hippodrome: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_, **__: f"hippodrome: {message}\n"
     try:
         yield
     finally:

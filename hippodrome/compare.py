@@ -258,7 +258,7 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
         def curves(value: Callable[[Mapping[str, float]], float]) -> dict[str, list[Any]]:
             return {name: [([t["prompt_len"] for t in each], [value(t) for t in each])] for name, each in timed.items()}
 
-        cost = {"x": "tokens of context", "log_x": True, "markers": True}
+        cost: dict[str, Any] = {"x": "tokens of context", "log_x": True, "markers": True}
         found.append(Panel(title="generation: time", y="ms a token", curves=curves(lambda t: 1000 * t["step_s"]), **cost))
         memory = curves(lambda t: t["state_bytes"] / 1024)
         found.append(Panel(title="generation: memory", y="KiB of state a sequence", curves=memory, log_y=True, **cost))

@@ -293,7 +293,7 @@ def reference_logits(weights: Weights, layout: Layout, ids: Tensor) -> Tensor:
         mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
         return linear(mixed.transpose(0, 1).flatten(1), f"{at}.out_proj")
 
-    x = get("embeddings.word_embeddings.weight")[ids]
+    x = weights[_EMBEDDING][ids].double()
     for i in range(layout.n_layer):
         at = f"layers.{i}"
         mix = attention if i in layout.attention_layers else h3
@@ -348,7 +348,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         data = load_file(path) if head[8:] == b"{" else _load_torch(path, mmap=head[:2] == b"PK")
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-        raise BadInput(f"{path} is no file of tensors, or holds Python objects, which are never loaded. {reason}".rstrip()) from None
+        raise BadInput(
+            f"{path} is no file of tensors, or holds Python objects, which are never loaded. {reason}".rstrip()
+        ) from None
     except MemoryError:
         raise
     except Exception as error:

@@ -42,6 +42,8 @@ class GraphedStep:
             for _ in range(_WARMUP):
                 step(self._batch)
         torch.cuda.current_stream(device).wait_stream(side)
+        # Without gradients from before, the captured backward makes its own, at addresses that the graph keeps.
+        optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._results = step(self._batch)

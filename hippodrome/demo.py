@@ -24,17 +24,18 @@ PROMPT = "Fellow-Citizens of the Senate and House of Representatives:"
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 _TEXT = Text(text="sotu", vocab_size=2048, length=256)
 # Steps are fixed, not seconds: both see the same tokens on any machine.
-_TRAIN = TrainConfig(steps=600, batch_size=16, lr=3e-3, clip=1.0, log_every=5, eval_every=50, eval_batches=4)
+_TRAIN = TrainConfig(steps=900, batch_size=8, lr=3e-3, clip=1.0, log_every=5, eval_every=75, eval_batches=8)
 
 
 def demo_recipes(quick: bool = False) -> dict[str, RunConfig]:
     """The two competitors. `quick`: much too small to learn anything, for trying out the machinery."""
-    text, train, size = _TEXT, _TRAIN, {"n_layer": 4, "d_model": 128}
+    text, train, n_layer, d_model = _TEXT, _TRAIN, 4, 128
     if quick:
-        text, size = replace(text, vocab_size=300, length=32, holdout=0.001), {"n_layer": 2, "d_model": 16}
+        text, n_layer, d_model = replace(text, vocab_size=300, length=32, holdout=0.001), 2, 16
         train = replace(train, steps=6, batch_size=4, log_every=2, eval_every=3, eval_batches=1)
-    hybrid = h3(**size, n_head=2, text=text, train=train)
-    return match({"hybrid-h3": hybrid, "transformer": transformer(**size, n_head=2, text=text, train=train)})
+    hybrid = h3(n_layer=n_layer, d_model=d_model, n_head=2, text=text, train=train)
+    rival = transformer(n_layer=n_layer, d_model=d_model, n_head=2, text=text, train=train)
+    return match({"hybrid-h3": hybrid, "transformer": rival})
 
 
 def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:

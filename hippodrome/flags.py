@@ -21,6 +21,8 @@ import tyro
 
 from hippodrome.part import BadInput
 
+_SPREAD = (tyro.conf.OmitArgPrefixes,)
+
 
 def parse(
     function: Callable[..., Any], args: Sequence[str], *, prog: str, given: Sequence[str] = ()
@@ -33,10 +35,7 @@ def parse(
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return tyro.cli(
-                tyro.conf.OmitArgPrefixes[_arguments_of(function, given)],
-                args=list(args),
-                prog=prog,
-                return_unknown_args=True,
+                _arguments_of(function, given), args=list(args), prog=prog, return_unknown_args=True, config=_SPREAD
             )
     except SystemExit:
         raise BadInput(f"{prog}: {_one_line(said.getvalue())}") from None
@@ -73,7 +72,7 @@ def _help(groups: dict[str, Callable[..., Any]], prog: str, encoding: str) -> st
     page: Callable[..., Any] = first if len(groups) == 1 else _joined(groups)
     said = _Said(encoding)
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        tyro.cli(tyro.conf.OmitArgPrefixes[page], args=["--help"], prog=prog, description=about)
+        tyro.cli(page, args=["--help"], prog=prog, description=about, config=_SPREAD)
     return said.getvalue()
 
 

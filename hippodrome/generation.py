@@ -182,8 +182,8 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.top_p < 1:
         ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         # A token stays while the likelier ones before it do not yet add up to p: the first always does.
-        stays = (ranked.cumsum(-1) - ranked < sampling.top_p).scatter(-1, order, ranked.cumsum(-1) - ranked < sampling.top_p)
-        logits = logits.masked_fill(~stays, -math.inf)
+        goes = ranked.cumsum(-1) - ranked >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(goes).scatter(-1, order, goes), -math.inf)
     if sampling.min_p > 0:
         logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
     return logits.softmax(-1)
@@ -277,6 +277,8 @@ def _seen(prompts: list[list[int]], logits: Tensor, vocab_size: int | None) -> T
 
 def _as_ids(prompts: Prompts, tokenizer: Tokenizer | None) -> list[list[int]]:
     """Prompts as non-empty lists of ids."""
+    if isinstance(prompts, str):
+        raise BadInput("prompts is one string: give a list of them")
     if len(prompts) == 0:
         raise BadInput("there is no prompt")
     rows: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)

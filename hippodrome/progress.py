@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.table import Table
 
     from hippodrome.train import Progress
 
@@ -53,7 +54,7 @@ class ProgressDisplay:
         facts += [f"{progress.tokens_per_s:,.0f} tokens/s", f"{_clock(progress.seconds_left)} left"]
         return "  ".join(facts)
 
-    def _bar(self, progress: Progress) -> object:
+    def _bar(self, progress: Progress) -> Table:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 

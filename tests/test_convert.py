@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from hippodrome import load
 from hippodrome.convert import Layout, convert_h3, expected_shapes, infer_layout, model_config, read_weights, reference_logits
 from hippodrome.part import BadInput
+from hippodrome.run import read_config
+from hippodrome.tasks.lm import Lm
+from hippodrome.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 EMBEDDING = "backbone.embeddings.word_embeddings.weight"
@@ -162,13 +166,15 @@ def test_half_precision_files_are_converted_in_fp32(weights, tmp_path):
 
 
 def test_gpt2_vocabulary_brings_its_tokenizer(weights, tmp_path):
-    from hippodrome.tokenizer import Tokenizer
-
     wide = dict(weights)
     wide[EMBEDDING] = torch.cat([weights[EMBEDDING]] * 524)[:50264]
     wide["lm_head.weight"] = wide[EMBEDDING]
     convert_h3(saved(wide, tmp_path / "model.pt"), tmp_path / "run", n_head=4)
     assert Tokenizer.load(tmp_path / "run").hash == Tokenizer.gpt2().hash
+    config = read_config(tmp_path / "run")
+    assert isinstance(config.task, Lm.Config)
+    assert config.task.tokenizer == "gpt2", "eval scores it on text in its own vocabulary"
+    assert config.model == load(tmp_path / "run").config
     convert_h3(saved(weights, tmp_path / "small.pt"), tmp_path / "small", n_head=4)
     assert not (tmp_path / "small" / "tokenizer.json").exists()
 
@@ -262,12 +268,26 @@ def test_a_strangers_pickle_is_never_run(weights, tmp_path, legacy):
     torch.save({**weights, "bomb": Bomb(mark)}, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
     data = (tmp_path / "model.pt").read_bytes()
     refused(data, tmp_path, "never loaded")
-    refused(pickle.dumps(Bomb(mark)), tmp_path, "never loaded|no checkpoint|not a file of tensors")
+    refused(pickle.dumps(Bomb(mark)), tmp_path, "never loaded|no checkpoint|no file of tensors")
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damage_anywhere_is_named(weights, tmp_path, legacy):
+    torch.save(weights, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+    whole = (tmp_path / "model.pt").read_bytes()
+    numbers = random.Random(0)
+    for _ in range(25):
+        # Where the names and shapes lie; a wrong number in a tensor cannot be seen.
+        damaged = bytearray(whole)
+        for at in numbers.choices(range(100, 3000), k=20):
+            damaged[at] ^= 1 + numbers.randrange(255)
+        refused(bytes(damaged), tmp_path, "model")
+        refused(whole[: numbers.randrange(1, len(whole) - 1)], tmp_path, "truncated|damaged|tensors")
+
+
 def test_text_is_no_checkpoint(tmp_path):
-    refused(b"To be, or not to be, that is the question.\n" * 20, tmp_path, "not a file of tensors|damaged")
+    refused(b"To be, or not to be, that is the question.\n" * 20, tmp_path, "no file of tensors|damaged")
 
 
 def test_paths_that_are_not_files_are_named(tmp_path):

@@ -224,9 +224,9 @@ def test_what_a_killed_build_left_is_swept_away(lines, cache):
 
 def test_two_processes_build_once(lines):
     script = (
-        "import sys, hippodrome.data as data\n"
+        "import sys, time, hippodrome.data as data\n"
         "build = data._build\n"
-        "def noting(*args):\n    print('built')\n    return build(*args)\n"
+        "def noting(*args):\n    print('built')\n    time.sleep(1)\n    return build(*args)\n"
         "data._build = noting\n"
         "data.prepare(sys.argv[1], tokenizer='bpe', vocab_size=270)\n"
     )

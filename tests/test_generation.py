@@ -341,6 +341,7 @@ def test_bad_sampling_is_named(field, value):
         ([[1, -2]], {}, "-2"),
         ([1, 2], {}, "list of lists"),
         (["text"], {}, "tokenizer"),
+        ("text", {"tokenizer": Tokenizer.bytes()}, "one string"),
         ([[1]], {"stop": ["x"]}, "tokenizer"),
         ([[1]], {"stop": [""], "tokenizer": Tokenizer.bytes()}, "empty"),
         ([[1, VOCAB]], {}, "vocabulary"),

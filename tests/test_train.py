@@ -1,20 +1,24 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hippodrome
 from hippodrome.checkpoint import Checkpoints
+from hippodrome.embeds.tokens import Tokens
 from hippodrome.files import write_json
 from hippodrome.metrics import read_metrics
 from hippodrome.optim import build_optimizer
 from hippodrome.part import BadInput, to_dict
 from hippodrome.step import Step, seed_place
+from hippodrome.tasks.lm import Lm as LmTask
 from hippodrome.train import main, train
 from tests.tiny import Double, tiny_model, tiny_run
 
@@ -120,23 +124,29 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert two["scores"]["valid"]["loss"] == pytest.approx(one["scores"]["valid"]["loss"], abs=1e-5)
 
 
-def test_two_processes_carry_states_and_resume(tmp_path):
-    """Each process carries the states of its own micro-batches; a checkpoint holds those of all."""
-    config = tiny_run(Double.Config(), carry_state=True, micro_batch=2, save_every=4)
+def test_two_processes_carry_the_states_of_their_micro_batches_and_resume(tmp_path, monkeypatch):
+    """After a resume from step 4, a checkpoint holds the states that it held without, those of both processes."""
+    monkeypatch.setenv("HIPPODROME_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("the horses run round and round the track and nobody knows why. " * 60)
+    task = LmTask.Config(text=str(tmp_path / "text.txt"), tokenizer="bytes", length=12, order="stream", holdout=0.1)
+    model = dataclasses.replace(tiny_model(), embed=Tokens.Config(vocab_size=257))
+    config = tiny_run(task, model, steps=8, micro_batch=2, carry_state=True, save_every=4)
+    write_json(tmp_path / "config.json", to_dict(config))
+    run = tmp_path / "two"
+    two_processes("-m", "hippodrome.train", tmp_path / "config.json", run)
     train(config, tmp_path / "one")
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-from pathlib import Path
-from hippodrome.train import train
-from tests.tiny import Double, tiny_run
-config = tiny_run(Double.Config(), carry_state=True, micro_batch=2, save_every=4)
-run = Path({str(tmp_path / "two")!r})
-train(config, run)
-for path in (run / "report.json", run / "model.safetensors", run / "checkpoints/step-00000012/manifest.json"):
-    torch.distributed.is_initialized()
-""")
-    two_processes(script)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    carried = [path / "checkpoints" / "step-00000008" / "carried.safetensors" for path in (run, tmp_path / "one")]
+    before = load_file(carried[0])
+    assert before.keys() == load_file(carried[1]).keys()
+
+    shutil.rmtree(carried[0].parent)
+    (run / "report.json").unlink()
+    two_processes("-m", "hippodrome.train", tmp_path / "config.json", run, "--resume")
+    after = load_file(carried[0])
+    assert len({name.partition("/")[0] for name in after}) == 4
+    assert all(torch.allclose(after[name].float(), value.float(), atol=1e-5) for name, value in before.items())
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 @pytest.mark.parametrize(("step", "every"), [(3, 5), (7, 5), (9, 2)])

@@ -34,12 +34,16 @@ class Tokens(Embed):
             raise BadInput(f"vocab_size is {config.vocab_size}: it must be at least 1")
         if config.positions < 0:
             raise BadInput(f"positions is {config.positions}: it must be 0 or more")
+        if config.pad_to_multiple < 1:
+            raise BadInput(f"pad_to_multiple is {config.pad_to_multiple}: it must be at least 1")
+        if not 0 <= config.dropout < 1:
+            raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.table = nn.Embedding(config.rows, d_model)
         self.positions = nn.Embedding(config.positions, d_model) if config.positions else None
         self.dropout = nn.Dropout(config.dropout)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The table (rows, D), for a readout that ties to it."""
         return self.table.weight
 
@@ -62,10 +66,10 @@ class Tokens(Embed):
         at = at + position[:, None]
         if at.device.type == "cpu" and not torch.compiler.is_compiling() and at.numel() and int(at.max()) >= room:
             raise BadInput(f"token {int(at.max())} has no learned vector: the model knows {room} positions (positions={room})")
-        return at.clamp(max=room - 1)
+        return at
 
     def _check(self, inputs: Tensor) -> None:
-        # On a GPU looking at the ids would stall it; there the lookup itself asserts.
+        # Looking at the ids would stall a GPU; there the lookup itself asserts, and so it does for positions.
         if inputs.device.type != "cpu" or torch.compiler.is_compiling() or not inputs.numel():
             return
         low, high = int(inputs.min()), int(inputs.max())

@@ -86,6 +86,11 @@ class Diagonal(LTI[DiagonalState]):
         """log_modes and output weights, (H, N) complex64: logarithms of the discrete eigenvalues, and C times B."""
         raise NotImplementedError
 
+    def recurrence(self) -> tuple[Tensor, Tensor]:
+        """exp(log_modes) and output weights, (H, N) complex: what one step needs. Override it where it is cheaper to get."""
+        log_modes, weights = self.modes()
+        return torch.exp(log_modes), weights
+
     def kernel(self, length: int) -> Tensor:
         return mode_kernel(*self.modes(), length)
 
@@ -103,8 +108,8 @@ class Diagonal(LTI[DiagonalState]):
 
     def step(self, u: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState]:
         with torch.autocast(u.device.type, enabled=False):
-            log_modes, weights = self.modes()
-            z = torch.exp(log_modes) * state.z + u.to(torch.promote_types(u.dtype, torch.float32)).unsqueeze(-1)
+            modes, weights = self.recurrence()
+            z = modes * state.z + u.to(torch.promote_types(u.dtype, torch.float32)).unsqueeze(-1)
             y = (weights * z).real.sum(-1)
             return (y if self.D is None else y + self.D * u).to(u.dtype), DiagonalState(z)
 

@@ -91,28 +91,34 @@ class S4D(Diagonal):
 
         Computed in float64: there are few of them, and every error here grows with the length.
         """
-        b_bar, log_a_bar = self._discretise(rate)
-        weights = _complex(self.C) * b_bar
+        dt_a, b_bar = self._discretise(torch.float64, rate)
+        log_a_bar = dt_a if self.disc == "zoh" else _log_bilinear(dt_a / 2)
         kept = torch.promote_types(self.C.dtype, torch.complex64)
-        return log_a_bar.to(kept), (weights if self.real else 2 * weights).to(kept)
+        return log_a_bar.to(kept), self._weights(b_bar).to(kept)
+
+    def recurrence(self) -> tuple[Tensor, Tensor]:
+        dt_a, b_bar = self._discretise(self.C.dtype)
+        a_bar = torch.exp(dt_a) if self.disc == "zoh" else (1 + dt_a / 2) / (1 - dt_a / 2)
+        return a_bar, self._weights(b_bar)
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         return mode_kernel(*self.modes(rate), length)
 
     def input_weights(self) -> Tensor:
         """Bbar (H, M): the authors' state is Bbar z."""
-        return self._discretise(1.0)[0].to(torch.promote_types(self.C.dtype, torch.complex64))
+        return self._discretise(self.C.dtype)[1]
 
-    def _discretise(self, rate: float) -> tuple[Tensor, Tensor]:
-        """Bbar and log Abar, (H, M) complex128."""
+    def _discretise(self, real: torch.dtype, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """dt A and Bbar, (H, M) complex, computed in the dtype `real`."""
         shares = self.log_dt.shape[0] // self.B.shape[0]
-        a = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double()).repeat(shares, 1)
-        b = _complex(self.B).repeat(shares, 1)
-        dt = torch.exp(self.log_dt.double()).unsqueeze(-1) * rate
-        if self.disc == "zoh":
-            return dt * b * _expm1_over(dt * a), dt * a
-        half = dt * a / 2
-        return dt * b / (1 - half), torch.log(1 + half) - torch.log(1 - half)
+        dt = torch.exp(self.log_dt.to(real)).unsqueeze(-1) * rate
+        a = torch.complex(-torch.exp(self.log_A_real.to(real)), self.A_imag.to(real))
+        dt_a, dt_b = dt * a.repeat(shares, 1), dt * _complex(self.B.to(real)).repeat(shares, 1)
+        return dt_a, dt_b * _expm1_over(dt_a) if self.disc == "zoh" else dt_b / (1 - dt_a / 2)
+
+    def _weights(self, b_bar: Tensor) -> Tensor:
+        weights = _complex(self.C.to(b_bar.real.dtype)) * b_bar
+        return weights if self.real else 2 * weights
 
 
 def _initial(config: S4D.Config) -> tuple[Complex, Complex]:
@@ -136,14 +142,20 @@ def _copies(values: np.ndarray, copies: int) -> Tensor:
 
 
 def _complex(parts: Tensor) -> Tensor:
-    """complex128 of (re, im) pairs (..., 2), or of real parts alone (..., 1)."""
-    parts = parts.double()
+    """Complex numbers (...) from (re, im) pairs (..., 2), or from real parts alone (..., 1)."""
     return torch.complex(parts[..., 0], parts[..., 1] if parts.shape[-1] == 2 else torch.zeros_like(parts[..., 0]))
 
 
+def _log_bilinear(half: Tensor) -> Tensor:
+    """log((1 + half) / (1 - half)), its modulus and its angle each without cancellation."""
+    re, im = half.real, half.imag
+    modulus = 0.5 * torch.log1p(4 * re / ((1 - re) ** 2 + im**2))
+    return torch.complex(modulus, torch.atan2(2 * im, 1 - re**2 - im**2))
+
+
 def _expm1_over(a: Tensor) -> Tensor:
-    """(exp(a) - 1) / a and its gradient in float64, also near a = 0 where the formula loses all digits."""
+    """(exp(a) - 1) / a. Near a = 0, where the gradient of the formula loses its digits, by its series."""
     small = a.abs() < 1e-3
     series = 1 + a / 2 * (1 + a / 3 * (1 + a / 4 * (1 + a / 5)))
     safe = torch.where(small, torch.ones_like(a), a)
-    return torch.where(small, series, (torch.exp(safe) - 1) / safe)
+    return torch.where(small, series, torch.expm1(safe) / safe)

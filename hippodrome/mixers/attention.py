@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -27,14 +27,20 @@ from hippodrome.state import State
 class AttentionState(State):
     """Keys and values seen: k, v (B, G, S, K) in S slots; position (B,) int64, the tokens each row has seen.
 
-    A row's position p lies in slot p % S, so rows of different lengths share the buffers and what a slot holds follows from
-    `position`. S is as large as the longest row, or as the window once that is full; fixed: S is the room asked for.
+    A row's position p lies in slot p, or p % S where S is `reach`, the window: rows of different lengths share the buffers,
+    and what a slot holds follows from `position`. S grows with the longest row, up to `reach`; fixed: it is the room asked for.
     """
 
     k: Tensor
     v: Tensor
     position: Tensor
+    reach: int | None = None
     fixed: bool = False
+
+    @property
+    def wraps(self) -> bool:
+        """Whether new keys take the slots of those that no query will see again."""
+        return self.k.shape[2] == self.reach
 
     @property
     def key_position(self) -> Tensor:
@@ -43,7 +49,7 @@ class AttentionState(State):
         return newest - (newest - torch.arange(size, device=newest.device)) % max(size, 1)
 
     @classmethod
-    def join(cls, states: Sequence[Self]) -> Self:
+    def join(cls, states: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         size = max(state.k.shape[2] for state in states)
         joined = super().join([state.padded(size) for state in states])
         return dataclasses.replace(joined, fixed=all(state.fixed for state in states))
@@ -64,7 +70,8 @@ class AttentionState(State):
 
     def _token(self, buffer: Tensor, new: Tensor) -> Tensor:
         """One token a row, in place unless a gradient is to flow through it."""
-        slot = (self.position % buffer.shape[2])[:, None, None, None].expand_as(new)
+        slot = self.position % buffer.shape[2] if self.wraps else self.position
+        slot = slot[:, None, None, None].expand_as(new)
         return buffer.scatter(2, slot, new) if torch.is_grad_enabled() else buffer.scatter_(2, slot, new)
 
 
@@ -99,7 +106,7 @@ class Attention(Mixer[AttentionState]):
         n_head: int = 4
         n_kv_head: int | None = None
         """Heads of keys and values, a divisor of n_head; None: as many as queries."""
-        pattern: Pattern = Causal()
+        pattern: Pattern = field(default_factory=Causal)
         rotary_dim: int = 0
         """Channels of each head that rotate with position; 0: none."""
         rotary_base: float = 10000.0
@@ -148,7 +155,8 @@ class Attention(Mixer[AttentionState]):
         weight, reach = self.Wqkv.weight, self.config.pattern.reach
         size = 0 if max_len is None else max_len if reach is None else min(max_len, reach)
         k, v = (weight.new_zeros(batch, self.n_kv, size, self.d_head) for _ in range(2))
-        return AttentionState(k, v, torch.zeros(batch, dtype=torch.int64, device=weight.device), max_len is not None)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return AttentionState(k, v, position, reach, max_len is not None)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, q_position: Tensor | None = None, k_position: Tensor | None = None
@@ -165,7 +173,7 @@ class Attention(Mixer[AttentionState]):
         state, newest = self._with_room(state, length, lengths)
         if newest is not None and length > 1 and not int(state.position.max()):
             return self._attend(q, k, v), state.written(k, v, lengths)
-        if length > 1 and self.config.pattern.reach is not None:
+        if length > 1 and state.reach is not None:
             # Writing the chunk drops keys that its first queries still need, so these look at old and new side by side.
             real = (
                 position
@@ -182,22 +190,17 @@ class Attention(Mixer[AttentionState]):
     def _with_room(self, state: AttentionState, length: int, lengths: Tensor | None) -> tuple[AttentionState, int | None]:
         """The state with slots for the chunk, and the tokens of its longest row then; None where the host does not know.
 
-        A single token on a GPU is not worth waiting for: a growing state grows by one, and a full one fails on the device.
+        A single token on a GPU is not worth waiting for, and a compiled graph is not broken for it: a growing state grows by
+        `length` then, and whether a fixed one has room is the caller's care.
         """
-        size, reach = state.k.shape[2], self.config.pattern.reach
-        newest = None
-        if length > 1 or state.position.device.type == "cpu":
+        size, newest = state.k.shape[2], None
+        if not torch.compiler.is_compiling() and (length > 1 or state.position.device.type == "cpu"):
             newest = int((state.position + (length if lengths is None else lengths)).max())
         if not state.fixed:
             wanted = size + length if newest is None else max(size, newest)
-            return state.padded(wanted if reach is None else min(wanted, reach)), newest
-        if size != reach:
-            if newest is None:
-                torch._assert_async(
-                    (state.position < size).all(), "the attention state's room is full: ask for a larger max_len"
-                )
-            elif newest > size:
-                raise BadInput(f"{newest} tokens do not fit the attention state's room for {size}: ask for a larger max_len")
+            return state.padded(wanted if state.reach is None else min(wanted, state.reach)), newest
+        if newest is not None and newest > size and not state.wraps:
+            raise BadInput(f"{newest} tokens do not fit the attention state's room for {size}: ask for a larger max_len")
         return state, newest
 
 

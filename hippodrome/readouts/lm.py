@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from hippodrome.model import Embed, Readout
@@ -25,7 +24,9 @@ class Lm(Readout):
         super().__init__()
         table = getattr(embed, "weight", None)
         if not isinstance(table, Tensor):
-            raise BadInput(f"a language model reads out of a vocabulary, and {type(embed).__name__} embeds none: use embeds/tokens")
+            raise BadInput(
+                f"a language model reads out of a vocabulary, and {type(embed).__name__} embeds none: use embeds/tokens"
+            )
         self.linear = None if config.tied else nn.Linear(d_model, table.shape[0], bias=False)
         # In a tuple, so that the embedding is not a submodule of both and its weight is saved once.
         self._embed = (embed,)
@@ -40,12 +41,3 @@ class Lm(Readout):
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return cross_entropy(hidden, self.weight, batch.targets)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Lm:
-        # A plain deep copy would copy the tied embedding a second time and untie it.
-        import copy
-
-        twin = torch.nn.Module.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
-        return twin

@@ -30,9 +30,9 @@ class Pool(Readout):
         self.linear = nn.Linear(d_model, config.classes)
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        length = hidden.shape[1]
         if lengths is None:
-            start, stop = hidden.new_zeros(hidden.shape[0], dtype=torch.int64), torch.full_like(hidden[:, 0, 0], length).long()
+            start = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            stop = torch.full_like(start, hidden.shape[1])
         elif lengths.dim() == 1:
             start, stop = torch.zeros_like(lengths), lengths
         else:

@@ -39,8 +39,8 @@ def transformer(
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     rotary = positions == "rotary"
     attention = Attention.Config(n_head=n_head, n_kv_head=n_kv_head, rotary_dim=d_model // n_head if rotary else 0)
-    sizes = {"d_model": d_model, "d_ff": d_ff}
-    return language_model([attention] * n_layer, text, train, **sizes, dropout=dropout, learned_positions=not rotary)
+    mixers = [attention] * n_layer
+    return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout, learned_positions=not rotary)
 
 
 def synthetic(*, language: Language = PAPER) -> RunConfig:

@@ -48,7 +48,8 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def half(batch: Batch, rows: slice) -> Batch:
-    return Batch(*[None if value is None else value[rows] for value in dataclasses.astuple(batch)])
+    lengths = None if batch.lengths is None else batch.lengths[rows]
+    return Batch(batch.inputs[rows], batch.targets[rows], lengths)
 
 
 def width(task: Task) -> int:

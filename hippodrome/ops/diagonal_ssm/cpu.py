@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hippodrome.ops.diagonal_ssm import diagonal_ssm
+from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_powers
 
 CHUNK = 64
 """Tokens a chunk: the three products cost T + 2 * 2N multiply-adds a token, and tables of 64 x 64 stay in the cache."""
@@ -62,15 +62,15 @@ def _tables(
     log_modes: Tensor, weights: Tensor, skip: Tensor | None, chunk: int, real: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel taps (H, T) with the skip in tap 0, in-map (H, T, 2N), out-map (H, 2N, T), lambda^T (H, N, 2) in float64."""
-    steps = torch.arange(chunk + 1, device=log_modes.device)
-    powers = torch.exp(log_modes.to(torch.complex128).unsqueeze(-1) * steps)
-    answer = weights.to(torch.complex128).unsqueeze(-1) * powers
+    powers = mode_powers(log_modes, chunk + 1)
+    answer = weights.unsqueeze(-1) * powers
+    decay = torch.exp(chunk * log_modes.to(torch.complex128))
     taps = answer[..., :chunk].real.sum(1)
     if skip is not None:
         taps = torch.cat([taps[:, :1] + skip.to(taps.dtype).unsqueeze(-1), taps[:, 1:]], -1)
     in_map = torch.view_as_real(powers[..., :chunk].flip(-1).transpose(1, 2)).flatten(2)
     out_map = torch.stack([answer[..., 1:].real, -answer[..., 1:].imag], 2).flatten(1, 2)
-    return taps.to(real), in_map.to(real), out_map.to(real), torch.view_as_real(powers[..., chunk])
+    return taps.to(real), in_map.to(real), out_map.to(real), torch.view_as_real(decay)
 
 
 @torch.library.custom_op("hippodrome::diagonal_chunks", mutates_args=(), device_types="cpu")
