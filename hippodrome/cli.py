@@ -132,6 +132,7 @@ def compare(
     tolerance: float = 0.02,
     contexts: tuple[int, ...] = (),
     resume: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Race recipes: equal parameters, tokens and data order; a table and a picture. hippodrome compare RECIPE... [flags].
 
@@ -145,6 +146,7 @@ def compare(
         tolerance: Largest relative difference in parameters.
         contexts: Time generation after prompts of so many tokens.
         resume: Continue a comparison; finished runs in it are not trained again.
+        jobs: Runs trained at once, each in a process of its own.
     """
     from hippodrome.compare import compare as compare_runs
     from hippodrome.compare import print_table
@@ -159,6 +161,7 @@ def compare(
         tolerance=tolerance,
         contexts=contexts,
         resume=resume,
+        jobs=jobs,
         display=ProgressDisplay,
     )
     print_table(report)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,18 +44,21 @@ def compare(
     contexts: Sequence[int] = (),
     new_tokens: int = 32,
     resume: bool = False,
+    jobs: int = 1,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Train every recipe with every seed, score all on the test split, and return the report (also report.json).
 
     The first recipe sets the number of parameters (see `match`). `contexts`: prompt lengths after which generation is timed,
     `new_tokens` steps each. With `resume` an earlier comparison in `folder` goes on, and its finished runs are not trained
-    again. Raises `BadInput` where the recipes cannot be compared, before anything is written.
+    again. With `jobs` above 1 so many runs are trained at once, each in a process of its own. Raises `BadInput` where the recipes cannot be compared, before anything is written.
     """
     if not recipes:
         raise BadInput("there is no recipe to compare")
     if seeds < 1:
         raise BadInput(f"seeds is {seeds}: it must be at least 1")
+    if jobs < 1:
+        raise BadInput(f"jobs is {jobs}: it must be at least 1")
     if min(contexts, default=1) < 1 or new_tokens < 1:
         raise BadInput(f"contexts {list(contexts)} and new_tokens {new_tokens} must be at least 1")
     check_budgets(recipes)
@@ -60,15 +67,20 @@ def compare(
     if folder.exists() and not resume and (folder.is_file() or any(folder.iterdir())):
         raise BadInput(f"{folder} is there already: choose another with --out, or continue it with --resume")
 
+    # Seed by seed, so that a comparison that is stopped early still has every competitor.
+    order = [(name, seed) for seed in range(seeds) for name in recipes]
+    planned = {
+        folder / f"{name}-seed{seed}": dataclasses.replace(
+            recipes[name], train=dataclasses.replace(recipes[name].train, seed=recipes[name].train.seed + seed)
+        )
+        for name, seed in order
+    }
+    if jobs > 1:
+        _train_apart(planned, jobs)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
-    for seed in range(seeds):
-        # Seed by seed, so that a comparison that is stopped early still has every competitor.
-        for name, config in recipes.items():
-            run = folder / f"{name}-seed{seed}"
-            settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
-            title = f"{name} seed {seed}" if seeds > 1 else name
-            report = _train(dataclasses.replace(config, train=settings), run, title, display)
-            runs[name].append({"folder": run.name, **report})
+    for (name, seed), (run, config) in zip(order, planned.items(), strict=True):
+        report = _train(config, run, f"{name} seed {seed}" if seeds > 1 else name, display)
+        runs[name].append({"folder": run.name, **report})
     results = {name: _summary(reports) for name, reports in runs.items()}
     if contexts:
         for name in recipes:
@@ -197,6 +209,35 @@ def _generation_table(results: Mapping[str, Any]) -> Any:
 def _plus_minus(values: Mapping[str, Any]) -> str:
     spread = f" ± {values['spread']:.4f}" if values["spread"] is not None else ""
     return f"{values['mean']:.4f}{spread}"
+
+
+def _train_apart(planned: Mapping[Path, RunConfig], jobs: int) -> None:
+    """Train what is not yet trained, `jobs` processes at a time that share the cores. Stops at the first that fails."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting, running = list(planned.items()), dict[Path, subprocess.Popen[str]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run, config = waiting.pop(0)
+                running[run] = _start(config, run, threads)
+            time.sleep(0.2)
+            for run in [run for run, process in running.items() if process.poll() is not None]:
+                process = running.pop(run)
+                if process.returncode:
+                    raise BadInput(f"{run.name} failed: {process.communicate()[1].strip().rpartition(chr(10))[2]}")
+                print(f"{run.name} is trained, {len(waiting) + len(running)} of {len(planned)} to go", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def _start(config: RunConfig, run: Path, threads: int) -> subprocess.Popen[str]:
+    plan = run.with_name(f"{run.name}.json")
+    write_json(plan, to_dict(config))
+    command = [sys.executable, "-m", "hippodrome.train", str(plan), str(run)]
+    command += ["--resume"] if (run / "config.json").is_file() else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def _train(config: RunConfig, run: Path, title: str, display: Display | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Language:
     """Replay the whole step as one CUDA graph: launches bind models this small."""
     log_every: int = 100
     eval_epochs: int = 10
-    """Epochs between scores."""
+    """Epochs between scores, and between checkpoints."""
 
 
 PAPER = Language()
@@ -75,5 +75,6 @@ def synthetic(mixer: Mixer.Config, language: Language, *, learned_positions: boo
         device=language.device,
         log_every=language.log_every,
         eval_every=per_epoch * language.eval_epochs,
+        save_every=per_epoch * language.eval_epochs,
     )
     return RunConfig(model=model, task=task, train=train)

@@ -44,7 +44,7 @@ def test_reference_equals_a_loop(pattern):
                     at_q, at_k = int(places["q_position"][b, i]), int(places["k_position"][b, j])
                     near = not isinstance(pattern, Window) or at_q - at_k < 3
                     if at_k >= 0 and (isinstance(pattern, Full) or (at_k <= at_q and near)):
-                        weight = math.exp(0.3 * float(q[b, h, i] @ k[b, h // 2, j]))
+                        weight = math.exp(0.3 * float(q[b, h, i].detach() @ k[b, h // 2, j].detach()))
                         total += weight
                         mixed = mixed + weight * v[b, h // 2, j]
                 assert_close(y[b, h, i], mixed / total if total else mixed, 1e-5)

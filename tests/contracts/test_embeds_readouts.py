@@ -1,0 +1,124 @@
+"""What every embedding in hippodrome/embeds and every readout in hippodrome/readouts keeps to.
+
+Neither can be built without being told a size, so each is listed here with one; a new part that is not fails a test.
+"""
+
+import pytest
+import torch
+
+from hippodrome.embeds.signal import Signal
+from hippodrome.embeds.tokens import Tokens
+from hippodrome.model import Embed, Readout
+from hippodrome.part import find, names, part_name
+from hippodrome.readouts.lm import Lm
+from hippodrome.readouts.pool import Pool
+from hippodrome.task import Batch
+from tests.support import assert_builds_on_meta, assert_close, assert_gradients, assert_survives_json, build
+
+D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 3, 5, 11, 2, 4
+
+EMBEDS = (Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS))
+READOUTS = (Lm.Config(), Lm.Config(tied=False), *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")))
+
+embeds = pytest.mark.parametrize("config", EMBEDS, ids=lambda config: part_name(config.part))
+readouts = pytest.mark.parametrize("config", READOUTS, ids=lambda config: part_name(config.part))
+
+
+def inputs(embed):
+    dice = torch.Generator().manual_seed(0)
+    if isinstance(embed, Signal):
+        return torch.randn(BATCH, LENGTH, CHANNELS, generator=dice)
+    return torch.randint(VOCAB, (BATCH, LENGTH), generator=dice)
+
+
+def readout_of(config):
+    return build(config, D, build(EMBEDS[0], D))
+
+
+def batch_for(readout, lengths=None):
+    logits = readout(torch.zeros(BATCH, LENGTH, D))
+    return Batch(torch.zeros(BATCH, LENGTH), torch.ones(logits.shape[:-1], dtype=torch.int64), lengths)
+
+
+@pytest.mark.parametrize(("slot", "configs"), [(Embed, EMBEDS), (Readout, READOUTS)])
+def test_every_part_of_the_folder_is_here(slot, configs):
+    assert {find(slot, name) for name in names(slot.folder)} == {config.part for config in configs}
+
+
+@embeds
+def test_embed_shape_and_gradients(config):
+    embed = build(config, D)
+    x = embed(inputs(embed))
+    assert x.shape == (BATCH, LENGTH, D)
+    x.square().sum().backward()
+    assert_gradients(embed)
+
+
+@embeds
+def test_embedding_is_the_same_in_chunks(config):
+    embed = build(config, D).eval()
+    whole = embed(inputs(embed))
+    given = inputs(embed)
+    seen = torch.zeros(BATCH, dtype=torch.int64)
+    parts = [embed(given[:, :2], seen), embed(given[:, 2:3], seen + 2), embed(given[:, 3:], seen + 3)]
+    assert_close(torch.cat(parts, 1), whole)
+
+
+@embeds
+def test_embed_in_half_precision(config):
+    embed = build(config, D).eval()
+    expected = embed(inputs(embed))
+    x = embed.to(torch.bfloat16)(inputs(embed))
+    assert x.dtype == torch.bfloat16
+    assert_close(x.float(), expected, 3e-2)
+
+
+@embeds
+def test_embed_compiles_into_one_graph(config):
+    embed = build(config, D).eval()
+    torch.compiler.reset()
+    seen = torch.zeros(BATCH, dtype=torch.int64)
+    assert_close(torch.compile(embed, fullgraph=True, backend="eager")(inputs(embed), seen), embed(inputs(embed), seen))
+
+
+@embeds
+def test_embed_config_and_meta(config):
+    assert_survives_json(Embed, config)
+    assert_builds_on_meta(config, D)
+
+
+@readouts
+def test_loss_is_the_cross_entropy_of_what_forward_says(config):
+    readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D)
+    batch = batch_for(readout, torch.tensor([5, 2, 4]))
+    nats, count = readout.loss(hidden, batch)
+    logits = readout(hidden, batch.lengths)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum")
+    assert_close(nats, expected)
+    assert count == batch.targets.numel()
+
+
+@readouts
+def test_readout_gradients(config):
+    readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D, requires_grad=True)
+    readout.loss(hidden, batch_for(readout))[0].backward()
+    assert_gradients(readout)
+    assert torch.isfinite(hidden.grad).all()
+    assert hidden.grad.any()
+
+
+@readouts
+def test_readout_in_half_precision(config):
+    readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D)
+    batch = batch_for(readout)
+    expected = readout.loss(hidden, batch)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats, _ = readout.loss(hidden, batch)
+    assert nats.dtype == torch.float32
+    assert_close(nats, expected, 3e-2)
+
+
+@readouts
+def test_readout_config_and_meta(config):
+    assert_survives_json(Readout, config)
+    assert_builds_on_meta(config, D, build(EMBEDS[0], D))
