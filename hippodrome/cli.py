@@ -75,8 +75,8 @@ def generate(
     from hippodrome import generation
     from hippodrome.checkpoint import load
 
-    tokenizer = _tokenizer(run)
     model = load(run, device=device)
+    tokenizer = _tokenizer(run)
     if len(prompt) == 1:
         sys.stdout.write(prompt[0])
         for piece in generation.stream_text(model, tokenizer, prompt[0], max_new_tokens, sampling=sampling, stop=stop):
@@ -112,9 +112,9 @@ def eval_(
     from hippodrome.evaluate import evaluate
     from hippodrome.run import provenance, read_config, write_json
 
+    model = load(run, device=device)
     config = read_config(run)
     task: Task = config.task.build()
-    model = load(run, device=device)
     size = config.train.batch_size if batch_size is None else batch_size
     scores = evaluate(model, task, split, batch_size=size, max_batches=max_batches, precision=precision)
     where = next(model.parameters()).device
@@ -374,7 +374,8 @@ def _with_recipes(verb: Callable[..., None], words: list[str], prog: str) -> Non
     one = "recipe" in inspect.signature(verb).parameters
     if not names or (one and len(names) > 1):
         wanted = "one recipe" if one else "the names of recipes"
-        raise BadInput(f"{prog} needs {wanted} before the flags, not {' '.join(names) or 'none'}: see hippodrome list")
+        verb_name = prog.rpartition(" ")[2]
+        raise BadInput(f"{verb_name} needs {wanted} before the flags, not {' '.join(names) or 'none'}: see hippodrome list")
     configs: dict[str, RunConfig] = {}
     for name, function in found.items():
         arguments, unknown = flags.parse(function, rest, prog=f"{prog} {name}")
@@ -393,7 +394,7 @@ def _overview() -> str:
 def _tokenizer(run: Path) -> Any:
     from hippodrome.tokenizer import Tokenizer
 
-    if run.is_dir() and not (run / "tokenizer.json").is_file():
+    if not (run / "tokenizer.json").is_file():
         raise BadInput(f"{run} has no tokenizer.json: it is no run on text")
     return Tokenizer.load(run)
 

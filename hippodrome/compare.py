@@ -8,7 +8,6 @@ FOLDER/report.json      the table's numbers, with provenance
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -22,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hippodrome.metrics import read_metrics
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput, to_dict
-from hippodrome.run import RunConfig, provenance, write_json
+from hippodrome.run import RunConfig, provenance, read_config, write_json
 from hippodrome.train import Progress, train
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def compare(
 
     The first recipe sets the number of parameters (see `match`). `contexts`: prompt lengths after which generation is timed,
     `new_tokens` steps each. With `resume` an earlier comparison in `folder` goes on, and its finished runs are not trained
-    again. With `jobs` above 1 so many runs are trained at once, each in a process of its own. Raises `BadInput` where the recipes cannot be compared, before anything is written.
+    again. With `jobs` above 1 so many runs are trained at once, each in a process of its own. Raises `BadInput` where the
+    recipes cannot be compared, before anything is written.
     """
     if not recipes:
         raise BadInput("there is no recipe to compare")
@@ -62,6 +63,7 @@ def compare(
     if min(contexts, default=1) < 1 or new_tokens < 1:
         raise BadInput(f"contexts {list(contexts)} and new_tokens {new_tokens} must be at least 1")
     check_budgets(recipes)
+    _check_contexts(recipes, max(contexts) + new_tokens if contexts else 0)
     if match_parameters:
         recipes = match(recipes, tolerance)
     if folder.exists() and not resume and (folder.is_file() or any(folder.iterdir())):
@@ -104,6 +106,8 @@ def check_budgets(recipes: Mapping[str, RunConfig]) -> None:
     wanted = _budget(first)
     for name, config in others:
         budget = _budget(config)
+        if budget["part"] != wanted["part"]:
+            raise BadInput(f"{first_name} and {name} learn different tasks: {wanted['part']} and {budget['part']}")
         for field in wanted | budget:
             if wanted.get(field) != budget.get(field):
                 values = f"{wanted.get(field)!r} and {budget.get(field)!r}"
@@ -116,6 +120,13 @@ def check_budgets(recipes: Mapping[str, RunConfig]) -> None:
 def _budget(config: RunConfig) -> dict[str, Any]:
     settings = {name: getattr(config.train, name) for name in ("steps", "batch_size", "carry_state")}
     return {**to_dict(config.task), **settings}
+
+
+def _check_contexts(recipes: Mapping[str, RunConfig], longest: int) -> None:
+    for name, config in recipes.items():
+        positions = getattr(config.model.embed, "positions", 0)
+        if 0 < positions < longest:
+            raise BadInput(f"{name} has learned {positions} positions: it cannot be timed over {longest} tokens")
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -166,11 +177,11 @@ def _with_d_ff(model: ModelConfig, d_ff: int) -> ModelConfig:
 
 
 def time_contexts(run: Path, contexts: Sequence[int], new_tokens: int) -> list[dict[str, float]]:
-    """Generation of a run's model timed after prompts of each length, on the CPU or the GPU as `auto` chooses."""
+    """Generation of a run's model timed after prompts of each length, on the device it was trained on."""
     from hippodrome.checkpoint import load
     from hippodrome.generation import time_generation
 
-    model = load(run, device="auto")
+    model = load(run, device=read_config(run).train.device)
     return [time_generation(model, length, new_tokens) for length in contexts]
 
 
@@ -276,7 +287,7 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
     """Training loss and validation score against tokens; where timed, milliseconds and state a generated token."""
     from hippodrome.plots import Panel
 
-    logs = {name: [_read_log(folder / run / "metrics.jsonl") for run in row["runs"]] for name, row in report["results"].items()}
+    logs = {name: [read_metrics(folder / run) for run in row["runs"]] for name, row in report["results"].items()}
     headline = report["headline"]
     found = [
         Panel(
@@ -289,7 +300,7 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
             title="held-out score while training",
             x="tokens",
             y=headline.replace("_", " "),
-            curves={name: [_points(log, lambda line: line["valid"][headline]) for log in each] for name, each in logs.items()},
+            curves={name: [_scores(folder / run, headline) for run in row["runs"]] for name, row in report["results"].items()},
             markers=True,
         ),
     ]
@@ -306,13 +317,13 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
     return found
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _points(log: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> tuple[list[float], list[float]]:
-    lines = [line for line in log if "valid" in line]
-    return [line["tokens"] for line in lines], [value(line) for line in lines]
+def _scores(run: Path, name: str) -> tuple[list[float], list[float]]:
+    """A validation score against tokens, all on the same data."""
+    lines = [line for line in read_metrics(run) if name in line.get("valid", {})]
+    # The last score is of the whole split; those before may be of its first batches, which are easier or harder.
+    if read_config(run).train.eval_batches is not None and len(lines) > 1:
+        lines = lines[:-1]
+    return [line["tokens"] for line in lines], [line["valid"][name] for line in lines]
 
 
 def _smooth(log: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> tuple[list[float], list[float]]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from hippodrome.part import BadInput
+from hippodrome.part import BadInput, nearest
 
 _SPREAD = (tyro.conf.OmitArgPrefixes,)
 
@@ -38,7 +38,7 @@ def parse(
                 _arguments_of(function, given), args=list(args), prog=prog, return_unknown_args=True, config=_SPREAD
             )
     except SystemExit:
-        raise BadInput(f"{prog}: {_one_line(said.getvalue())}") from None
+        raise BadInput(f"{_verb(prog)}: {_plain(_above_the_rule(said.getvalue()))}") from None
 
 
 def refuse(rest: Sequence[str], functions: Sequence[Callable[..., Any]], *, prog: str, given: Sequence[str] = ()) -> None:
@@ -47,11 +47,11 @@ def refuse(rest: Sequence[str], functions: Sequence[Callable[..., Any]], *, prog
         return
     flag = next((word for word in rest if word.startswith("-")), None)
     if flag is None:
-        raise BadInput(f"{prog} knows no use for {rest[0]!r}: see {prog} --help")
+        raise BadInput(f"{_verb(prog)} knows no use for {rest[0]!r}: see {prog} --help")
     known = [name for function in functions for name in flags(function, given)]
     close = difflib.get_close_matches(flag.partition("=")[0].replace("_", "-"), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"see {prog} --help"
-    raise BadInput(f"{prog} has no flag {flag}: {hint}")
+    raise BadInput(f"{_verb(prog)} has no flag {flag}: {hint}")
 
 
 def flags(function: Callable[..., Any], given: Sequence[str] = ()) -> list[str]:
@@ -114,8 +114,23 @@ class _Said(io.StringIO):
         return self._encoding
 
 
-def _one_line(box: str) -> str:
-    """What a box of tyro says above its first rule."""
+def _verb(prog: str) -> str:
+    return prog.removeprefix("hippodrome ")
+
+
+def _above_the_rule(box: str) -> str:
+    """What a box of tyro says above its first rule, on one line."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     said = itertools.takewhile(lambda line: line == "" or line.strip("─"), lines)
     return " ".join(said) or "this command line cannot be read"
+
+
+def _plain(said: str) -> str:
+    """tyro's sentence in the words of the other messages; what is not known here stays as it is."""
+    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.", said):
+        word, argument, listed = choice.groups()
+        known = re.findall(r"'([^']*)'", listed)
+        return f"{argument} is {word!r}: {nearest(word, known)}"
+    said = re.sub(r"^Missing from [^:]*: (\S+)", r"\1 is missing:", said)
+    said = re.sub(r"^Error parsing (?!--)\w+: ", "", said)
+    return re.sub(r"^Error parsing (--\S+):", r"\1:", said)

@@ -159,8 +159,15 @@ def _dataclass_from(kind: Any, data: Any, where: str) -> Any:
     for name in fields:
         if name not in known:
             raise BadInput(f"{where} has no field {name!r}: {nearest(name, known)}")
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in fields and _required(f)]
+    if missing:
+        raise BadInput(f"{where} lacks {', '.join(map(repr, missing))}, which a {kind.__qualname__} needs")
     hints = typing.get_type_hints(kind)
     return kind(**{name: from_dict(hints[name], value, f"{where}.{name}") for name, value in fields.items()})
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _part_config(kind: type[Part.Config], name: Any, where: str) -> type[Part.Config]:

@@ -48,13 +48,14 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
 
 def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import EngFormatter
 
     assert isinstance(axes, Axes)
     for name, curves in panel.curves.items():
         i = names.index(name)
         look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2.0}
         if panel.markers:
-            look |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6}
+            look |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6, "markevery": 1 + len(curves[0][0]) // 15}
         x = curves[0][0]
         columns = list(zip(*[y for _, y in curves], strict=True))
         axes.plot(x, [sum(column) / len(column) for column in columns], label=name, **look)  # type: ignore[arg-type]
@@ -67,6 +68,8 @@ def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
         ticks = sorted({x for curves in panel.curves.values() for xs, _ in curves for x in xs})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.log_y:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")

@@ -165,7 +165,7 @@ CASES = {
     "sample of a run without text": (["generate", "{}/no-text"], "no run on text"),
     "truncated weights": (["generate", "{}/truncated"], "truncated"),
     "pickled weights": (["generate", "{}/pickled"], "pickle"),
-    "config that is no JSON": (["eval", "{}/not-json"], "not JSON"),
+    "config that is no JSON": (["eval", "{}/not-json"], "JSON"),
     "no config": (["eval", "{}/no-config"], "config.json"),
     "no weights": (["generate", "{}/no-weights"], "no weights yet"),
     "unknown field": (["eval", "{}/unknown-field"], "did you mean 'd_model'"),
@@ -196,11 +196,15 @@ CASES = {
     "converted onto a run": (["convert", "h3", PUBLISHED, "{}/good", "--n-head", "4"], "not empty"),
     "nothing to compare": (["compare", "--seeds", "2"], "names of recipes"),
     "no seeds": (["compare", "h3", "--out", "{}/new", "--seeds", "0"], "seeds is 0"),
+    "no jobs": (["compare", "h3", "--out", "{}/new", "--jobs", "0"], "jobs is 0"),
     "no tolerance": (["compare", "h3", "s4d", "--out", "{}/new", "--tolerance", "0"], "tolerance is 0"),
-    "different tasks": (["compare", "h3", "h3.synthetic", "--out", "{}/new"], "same tokens"),
-    "a flag that only one takes": (["compare", "h3", "s4d", "--head-dim", "2", "--out", "{}/new"], "s4d has no flag --head-dim"),
+    "different tasks": (["compare", "h3", "h3.synthetic", "--out", "{}/new"], "different tasks"),
+    "a flag that only one takes": (
+        ["compare", "h3", "s4d", "--head-dim", "2", "--out", "{}/new"],
+        "s4d has no flag --head-dim",
+    ),
     "comparison that is there": (["compare", "h3", "s4d", "--out", "{}/good"], "--resume"),
-    "parameters that cannot agree": (["compare", "h3", "s4d", "--d-ff", "1", "--d-state", "256", "--out", "{}/new"], "s4d cannot"),
+    "parameters that cannot agree": (["compare", "s4d", "h3", "--d-ff", "1", "--out", "{}/new"], "h3 cannot have"),
 }
 
 
@@ -230,7 +234,9 @@ def unfinished(folder: Path) -> set[str]:
 
 
 def test_a_loss_that_is_not_finite(prepared, tmp_path):
-    result = lm(prepared, "--lr", "1e30", "--clip", "None", "--log-every", "100", "--eval-every", "None", "--out", tmp_path / "run")
+    result = lm(
+        prepared, "--lr", "1e30", "--clip", "None", "--log-every", "100", "--eval-every", "None", "--out", tmp_path / "run"
+    )
     assert result.code == 2
     assert "nan at step" in result.complaint or "inf at step" in result.complaint
     assert "lower lr" in result.complaint

@@ -38,7 +38,9 @@ def test_train_leaves_a_whole_run(trained):
 
 
 def test_train_shows_progress_and_scores(place):
-    result = run("train", "transformer", "--text", place / "text.txt", *TINY, "--positions", "learned", "--out", place / "learned")
+    result = run(
+        "train", "transformer", "--text", place / "text.txt", *TINY, "--positions", "learned", "--out", place / "learned"
+    )
     assert result.code == 0, result.err
     assert re.search(r"transformer  4/4  loss \d.*bits per byte \d.*tokens/s.*left", result.err)
     assert re.search(r"test\W+\d\.\d{4}", result.out)

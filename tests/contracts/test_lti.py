@@ -80,6 +80,17 @@ def test_no_state_means_rest(config):
 
 
 @every(LTI)
+def test_gates_multiply_what_goes_in_and_what_comes_out(config):
+    system = build(config, CHANNELS)
+    u, pre, post = (signal(11, seed=seed) for seed in (3, 4, 5))
+    assert_close(system.convolve(u, pre_gate=pre, post_gate=post)[0], post * system.convolve(pre * u)[0])
+    y, after = system.convolve(u, past(system), pre_gate=pre, post_gate=post)
+    plain, expected = system.convolve(pre * u, past(system))
+    assert_close(y, post * plain)
+    assert_same_state(after, expected)
+
+
+@every(LTI)
 def test_step_is_a_chunk_of_one(config):
     system = build(config, CHANNELS)
     state = past(system)

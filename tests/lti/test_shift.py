@@ -75,15 +75,6 @@ def test_state_is_the_last_inputs_oldest_first():
     assert after.inputs.tolist() == [[[-1.0, 1.0, 2.0]], [[2.0, 3.0, 4.0]]]
 
 
-def test_gates_multiply_input_and_output():
-    system = randomised(4, 3)
-    u, pre, post = torch.randn(3, 2, 3, 9).unbind()
-    expected = post * system.convolve(pre * u)[0]
-    for state in (None, system.init_state(2)):
-        y, _ = system.convolve(u, state, pre_gate=pre, post_gate=post)
-        torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
-
-
 def test_a_shift_without_taps_is_refused():
     with pytest.raises(BadInput, match="d_state 0"):
         Shift.Config(d_state=0)

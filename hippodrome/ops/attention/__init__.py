@@ -7,6 +7,8 @@ A query that sees no key gives zeros.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,7 @@ def _sdpa(
     dropout: float = 0.0,
 ) -> Tensor:
     """torch's scaled_dot_product_attention: causal without a mask where positions allow it, else with one."""
-    grouped = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+    grouped: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
     plain = q_position is None and k_position is None
     if plain and isinstance(pattern, Full):
         return F.scaled_dot_product_attention(q, k, v, **grouped)

@@ -9,28 +9,50 @@ EMA as well: whatever the discretisation, a diagonal system is its modes and its
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hippodrome.ops._op import Op
 from hippodrome.ops.long_conv import fft_conv
 
 
-def mode_powers(log_modes: Tensor, length: int) -> Tensor:
-    """exp(l log_modes) for l = 0 ... length-1: (..., N) complex -> (..., N, length).
+def _coarse_and_fine(log_modes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """exp(c step log_modes), (..., N, C), and exp(f log_modes), (..., N, step), with C step >= length.
 
-    Powers are products of a coarse and a fine table, l = coarse * step + fine, the coarse one computed in float64: a
-    float32 phase l * Im(log_modes) would be wrong by 0.25 rad at l = 1M.
+    Any power below `length` is a product of two entries. Both are computed in float64: a float32 phase l * Im(log_modes)
+    would be wrong by 0.25 rad at l = 1M.
     """
     step = max(1, int(length**0.5))
     double = log_modes.to(torch.complex128).unsqueeze(-1)
-    fine = torch.exp(double * torch.arange(step, device=log_modes.device)).to(log_modes.dtype)
-    coarse = torch.exp(double * (step * torch.arange(-(-length // step), device=log_modes.device))).to(log_modes.dtype)
+    fine = torch.exp(double * torch.arange(step, device=log_modes.device))
+    coarse = torch.exp(double * (step * torch.arange(-(-length // step), device=log_modes.device)))
+    return coarse.to(log_modes.dtype), fine.to(log_modes.dtype)
+
+
+def mode_powers(log_modes: Tensor, length: int) -> Tensor:
+    """exp(l log_modes) for l = 0 ... length-1: (..., N) complex -> (..., N, length)."""
+    coarse, fine = _coarse_and_fine(log_modes, length)
     return (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)[..., :length]
 
 
 def mode_kernel(log_modes: Tensor, weights: Tensor, length: int) -> Tensor:
-    """The impulse response Re sum_n weights_n exp(l log_modes_n), l < length: (H, N) complex -> (H, length) real."""
-    return torch.einsum("hn,hnl->hl", weights, mode_powers(log_modes, length)).real
+    """The impulse response Re sum_n weights_n exp(l log_modes_n), l < length: (..., H, N) complex -> (..., H, length) real.
+
+    One matrix product of the two tables a channel, so that N x length powers never exist.
+    """
+    coarse, fine = _coarse_and_fine(log_modes, length)
+    weighted = weights.unsqueeze(-1) * coarse
+    left, right = torch.cat([weighted.real, -weighted.imag], -2), torch.cat([fine.real, fine.imag], -2)
+    return (left.transpose(-1, -2) @ right).flatten(-2)[..., :length]
+
+
+def mode_states(log_modes: Tensor, u: Tensor) -> Tensor:
+    """The modes at rest after the inputs: sum_l exp((L-1-l) log_modes) u_l, (H, N) and (..., H, L) real -> (..., H, N)."""
+    length = u.shape[-1]
+    coarse, fine = _coarse_and_fine(log_modes, length)
+    backwards = F.pad(u.flip(-1), (0, coarse.shape[-1] * fine.shape[-1] - length)).unflatten(-1, (-1, fine.shape[-1]))
+    pairs = backwards @ torch.view_as_real(fine.transpose(-1, -2)).flatten(-2)
+    return (torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * coarse.transpose(-1, -2)).sum(-2)
 
 
 @Op
@@ -55,14 +77,11 @@ def diagonal_ssm(
     v = u.to(real) if pre_gate is None else u.to(real) * pre_gate.to(real)
     length = u.shape[-1]
     y = fft_conv(v, mode_kernel(log_modes, weights, length))
-    after = None
-    if state is not None or return_state:
-        powers = mode_powers(log_modes, length + 1)
-        if state is not None:
-            y = y + torch.einsum("...hn,hnl->...hl", state * weights, powers[..., 1:]).real
-        if return_state:
-            after = torch.einsum("...hl,hnl->...hn", v.to(powers.dtype), powers[..., :length].flip(-1))
-            after = after if state is None else after + powers[..., length] * state
+    after = mode_states(log_modes, v) if return_state else None
+    if state is not None:
+        y = y + mode_kernel(log_modes, state * weights * torch.exp(log_modes), length)
+        if after is not None:
+            after = after + torch.exp(length * log_modes.to(torch.complex128)).to(state.dtype) * state
     if skip is not None:
         y = y + skip.to(real).unsqueeze(-1) * v
     if post_gate is not None:

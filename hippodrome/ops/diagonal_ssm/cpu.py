@@ -2,28 +2,36 @@
 
 With chunks of T tokens and states s_c before chunk c (H3, section 4.2: "state passing"):
 
-    y_c = u_c Toeplitz(K[:T]) + Re(w lambda^(t+1)) s_c,      s_(c+1) = lambda^T s_c + sum_t lambda^(T-1-t) u_(c,t)
+    y_c = [u_c | s_c] [Toeplitz(K[:T]); Re(w lambda^(t+1))],      s_(c+1) = lambda^T s_c + sum_t lambda^(T-1-t) u_(c,t)
 
-All sums are real matrix products batched over channels; only the recurrence over chunks is sequential, and it runs in float64,
-so that a rounded lambda^T is not raised to the power L/T. The backward is the same algebra from right to left. It recomputes the
-states, so that memory beyond inputs and outputs is a few tensors of the input's size.
+All is real matrix products batched over channels, but for the recurrence over chunks. The backward is the same algebra from
+right to left: with d the gradients of the outputs and o those of the states after each chunk, one product [u | s]^T [d | o]
+gives the gradients of all tables. It recomputes the states. Channels go a block at a time through one workspace, which stays
+in the cache and costs no page faults; memory beyond inputs and outputs is a small multiple of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_powers
 
 CHUNK = 64
-"""Tokens a chunk: the three products cost T + 2 * 2N multiply-adds a token, and tables of 64 x 64 stay in the cache."""
+"""Tokens a chunk: more are fewer steps of the recurrence, but T + 4 N multiply-adds a token."""
+WORKSPACE = 1 << 22
+"""Numbers in the workspace of a block of channels, or one channel's if that is more."""
 
 
 def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
-    return None if u.device.type == "cpu" else f"the tensor is on {u.device.type}"
+    if u.device.type != "cpu":
+        return f"the tensor is on {u.device.type}"
+    return "there are no tokens" if u.numel() == 0 else None
 
 
 @diagonal_ssm.backend("cpu", why_not=_why_not)
@@ -40,37 +48,36 @@ def _cpu(
 ) -> tuple[Tensor, Tensor | None]:
     real = torch.promote_types(u.dtype, torch.float32)
     lead, (channels, length) = u.shape[:-2], u.shape[-2:]
-    taps, in_map, out_map, decay = _tables(log_modes, weights, skip, min(CHUNK, length), real)
+    # An even chunk: the states behind it in a row of the workspace are then aligned as complex numbers.
+    tables = _tables(log_modes, weights, skip, min(CHUNK, length + length % 2), real)
 
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.expand(u.shape).reshape(-1, channels, length)
 
     before = None
     if state is not None:
-        before = torch.view_as_real(state).to(real).reshape(-1, channels, *decay.shape[1:])
+        before = torch.view_as_real(state).to(real).reshape(-1, channels, log_modes.shape[1], 2)
     y, after = torch.ops.hippodrome.diagonal_chunks(
-        u.reshape(-1, channels, length), rows(pre_gate), rows(post_gate), taps, in_map, out_map, decay, before
+        u.reshape(-1, channels, length), rows(pre_gate), rows(post_gate), *tables, before
     )
     y = y.reshape(u.shape)
-    if not return_state:
-        return y, None
-    after = torch.view_as_complex(after.reshape(*lead, *after.shape[1:]))
-    return y, after
+    return y, torch.view_as_complex(after.reshape(*lead, *after.shape[1:])) if return_state else None
 
 
 def _tables(
     log_modes: Tensor, weights: Tensor, skip: Tensor | None, chunk: int, real: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel taps (H, T) with the skip in tap 0, in-map (H, T, 2N), out-map (H, 2N, T), lambda^T (H, N, 2) in float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out_map (H, T+2N, T); in_map (H, T+1, 2N), its rows lambda^T ... lambda^0; lambda^T (H, N, 2) in float64."""
     powers = mode_powers(log_modes, chunk + 1)
     answer = weights.unsqueeze(-1) * powers
-    decay = torch.exp(chunk * log_modes.to(torch.complex128))
     taps = answer[..., :chunk].real.sum(1)
     if skip is not None:
         taps = torch.cat([taps[:, :1] + skip.to(taps.dtype).unsqueeze(-1), taps[:, 1:]], -1)
-    in_map = torch.view_as_real(powers[..., :chunk].flip(-1).transpose(1, 2)).flatten(2)
-    out_map = torch.stack([answer[..., 1:].real, -answer[..., 1:].imag], 2).flatten(1, 2)
-    return taps.to(real), in_map.to(real), out_map.to(real), torch.view_as_real(decay)
+    toeplitz = F.pad(taps, (chunk - 1, 0)).unfold(-1, chunk, 1).flip(1)
+    owed = torch.stack([answer[..., 1:].real, -answer[..., 1:].imag], 2).flatten(1, 2)
+    in_map = torch.view_as_real(powers.flip(-1).transpose(1, 2)).flatten(2)
+    decay = torch.view_as_real(torch.exp(chunk * log_modes.to(torch.complex128)))
+    return torch.cat([toeplitz, owed], 1).to(real), in_map.to(real).contiguous(), decay
 
 
 @torch.library.custom_op("hippodrome::diagonal_chunks", mutates_args=(), device_types="cpu")
@@ -78,23 +85,25 @@ def _chunks(
     u: Tensor,
     pre: Tensor | None,
     post: Tensor | None,
-    taps: Tensor,
-    in_map: Tensor,
     out_map: Tensor,
+    in_map: Tensor,
     decay: Tensor,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, L) and the state (B, H, N, 2) after them, of inputs (B, H, L) and the tables of `_tables`."""
-    v = _split(u, pre, taps)
-    states, last = _forward_states(v, in_map, decay, state, u.shape[0])
-    after = _final_state(v, states, last, in_map, u.shape)
-    y = _join(_answers(v, states, taps, out_map), u.shape, post, u.dtype)
+    y, after = u.new_empty(u.shape), in_map.new_empty(u.shape[0], *decay.shape)
+    _, wide, chunk = out_map.shape
+    for at, (x, answers) in _blocks(u, out_map, (wide, chunk)):
+        last = _fill_forward(x, u[:, at], _of(pre, at), in_map[at], decay[at], _of(state, at))
+        after[:, at] = torch.view_as_real(last).transpose(0, 1)
+        torch.bmm(x, out_map[at], out=answers)
+        _write(answers, y[:, at], _of(post, at))
     return y, after
 
 
 @_chunks.register_fake
-def _(u: Tensor, pre: Any, post: Any, taps: Tensor, in_map: Tensor, out_map: Tensor, decay: Tensor, state: Any) -> Any:
-    return u.new_empty(u.shape), taps.new_empty(u.shape[0], *decay.shape)
+def _(u: Tensor, pre: Any, post: Any, out_map: Tensor, in_map: Tensor, decay: Tensor, state: Any) -> Any:
+    return u.new_empty(u.shape), in_map.new_empty(u.shape[0], *decay.shape)
 
 
 @torch.library.custom_op("hippodrome::diagonal_chunks_backward", mutates_args=(), device_types="cpu")
@@ -104,46 +113,45 @@ def _chunks_backward(
     u: Tensor,
     pre: Tensor | None,
     post: Tensor | None,
-    taps: Tensor,
-    in_map: Tensor,
     out_map: Tensor,
+    in_map: Tensor,
     decay: Tensor,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, pre, post, taps, in_map, out_map, decay and state, empty where there is no such input."""
-    batch, _, length = u.shape
-    chunk = taps.shape[1]
-    v = _split(u, pre, taps)
-    states, _ = _forward_states(v, in_map, decay, state, batch)
-    d_post = u.new_empty(0)
-    if post is not None:
-        d_post = _join(_answers(v, states, taps, out_map), u.shape, d_y, u.dtype)
-    d = _split(d_y, post, taps)
-    owed = torch.bmm(d, out_map.transpose(1, 2))
-    tail = length % chunk
-    d_last = torch.view_as_complex(d_after.transpose(0, 1).contiguous())
-    d_state = _backward_states(owed, decay, d_last, _tail_power(in_map, tail).conj() * d_last if tail else None, batch)
-    d_in = torch.bmm(v.transpose(1, 2), owed)
-    d_decay = torch.linalg.vecdot(_complex(states), _complex(owed), dim=1)
-    d_v = torch.bmm(d, _toeplitz(taps).transpose(1, 2)).baddbmm_(owed, in_map.transpose(1, 2))
-    if tail:
-        _tail_backward(v, states, d_v, d_in, d_last, in_map, tail)
-    d_taps = _diagonal_sums(torch.bmm(v.transpose(1, 2), d))
-    d_out = torch.bmm(states.transpose(1, 2), d)
-    d_u = _join(d_v, u.shape, pre, u.dtype)
-    d_pre = u.new_empty(0) if pre is None else _join(d_v, u.shape, u, u.dtype)
-    d_begin = torch.view_as_real(d_state.transpose(0, 1).to(_complex(states).dtype)).contiguous()
-    return d_u, d_pre, d_post, d_taps, d_in, d_out, torch.view_as_real(d_decay).to(decay.dtype).contiguous(), d_begin
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, pre, post, out_map, in_map, decay and state; those of gates not given are empty."""
+    d_u, d_pre, d_post, d_out, d_in, d_decay, d_state = grads = _new_gradients(u, pre, post, out_map, in_map, decay)
+    _, wide, chunk = out_map.shape
+    for at, (x, g, answers) in _blocks(u, out_map, (wide, wide, chunk)):
+        into, out = in_map[at], out_map[at]
+        _fill_forward(x, u[:, at], _of(pre, at), into, decay[at], _of(state, at))
+        if post is not None:
+            torch.bmm(x, out, out=answers)
+            _write(answers, d_post[:, at], d_y[:, at])
+        d_last = torch.view_as_complex(d_after[:, at].transpose(0, 1).contiguous())
+        d_begin = _fill_backward(g, d_y[:, at], _of(post, at), out, into, decay[at], d_last)
+        d_state[:, at] = torch.view_as_real(d_begin).transpose(0, 1)
+        _table_gradients(x, g, d_out[at], d_in[at], d_decay[at])
+        torch.bmm(g, torch.cat([out[:, :chunk].transpose(1, 2), into[:, 1:].transpose(1, 2)], 1), out=answers)
+        _last_chunk_gradients(x, d_last, into, answers, d_in[at], u.shape[2])
+        _write(answers, d_u[:, at], _of(pre, at))
+        if pre is not None:
+            _write(answers, d_pre[:, at], u[:, at])
+    return grads
 
 
 @_chunks_backward.register_fake
 def _(
-    d_y: Tensor, d_after: Tensor, u: Tensor, pre: Any, post: Any, taps: Tensor, in_map: Tensor, out_map: Tensor,
-    decay: Tensor, state: Any,
-) -> Any:  # fmt: skip
-    gates = [u.new_empty(0) if gate is None else u.new_empty(u.shape) for gate in (pre, post)]
-    tables = [t.new_empty(t.shape) for t in (taps, in_map, out_map, decay)]
-    return u.new_empty(u.shape), *gates, *tables, taps.new_empty(u.shape[0], *decay.shape)
+    d_y: Tensor, d_after: Tensor, u: Tensor, pre: Any, post: Any, out_map: Tensor, in_map: Tensor, decay: Tensor, state: Any
+) -> Any:
+    return _new_gradients(u, pre, post, out_map, in_map, decay)
+
+
+def _new_gradients(
+    u: Tensor, pre: Tensor | None, post: Tensor | None, out_map: Tensor, in_map: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_pre, d_post = (u.new_empty(0) if gate is None else gate.new_empty(gate.shape) for gate in (pre, post))
+    d_out, d_in, d_decay = (table.new_empty(table.shape) for table in (out_map, in_map, decay))
+    return u.new_empty(u.shape), d_pre, d_post, d_out, d_in, d_decay, in_map.new_empty(u.shape[0], *decay.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -159,32 +167,107 @@ def _grad(ctx: Any, d_y: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
 _chunks.register_autograd(_grad, setup_context=_save)
 
 
-def _split(x: Tensor, gate: Tensor | None, taps: Tensor) -> Tensor:
-    """x (B, H, L), times the gate, as chunks (H, B C, T) in the tables' dtype, zeros behind the last token."""
-    batch, channels, length = x.shape
-    chunk = taps.shape[1]
-    n = -(-length // chunk)
-    if batch == 1 and gate is None and n * chunk == length and x.dtype == taps.dtype and x.is_contiguous():
-        return x.view(channels, n, chunk)
-    out = taps.new_empty(channels, batch, n * chunk)
-    out[..., length:] = 0
-    target = out[..., :length].transpose(0, 1)
-    if gate is None:
-        target.copy_(x)
+def _blocks(u: Tensor, out_map: Tensor, widths: Sequence[int]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the channels, and for each the rows (H', C B, width) of one workspace: chunk by chunk, then by batch."""
+    batch, channels, length = u.shape
+    rows = -(-length // out_map.shape[2]) * batch
+    size = min(channels, max(1, WORKSPACE // (rows * max(widths))))
+    spaces = [out_map.new_empty(size, rows, width) for width in widths]
+    for start in range(0, channels, size):
+        stop = min(start + size, channels)
+        yield slice(start, stop), [space[: stop - start] for space in spaces]
+
+
+def _of(t: Tensor | None, at: slice) -> Tensor | None:
+    return None if t is None else t[:, at]
+
+
+def _fill_forward(
+    x: Tensor, u: Tensor, pre: Tensor | None, in_map: Tensor, decay: Tensor, state: Tensor | None
+) -> Tensor:
+    """Fill x (H, C B, T + 2N) with the gated inputs and the states before each chunk. Returns the last state (H, B, N)."""
+    batch, chunk = u.shape[0], in_map.shape[1] - 1
+    v, s = x[..., :chunk], x[..., chunk:]
+    _read(u, v, pre)
+    z = _states(s, batch)
+    if state is None:
+        z[0].zero_()
     else:
-        torch.mul(x.to(taps.dtype), gate.to(taps.dtype), out=target)
-    return out.view(channels, batch * n, chunk)
+        z[0].copy_(torch.view_as_complex(state).transpose(0, 1))
+    if len(z) > 1:
+        torch.bmm(v[:, :-batch], in_map[:, 1:], out=s[:, batch:])
+        _scan(z, torch.view_as_complex(decay))
+    tail = _tail(u.shape[2], chunk)
+    driven = torch.bmm(v[:, -batch:, :tail], in_map[:, -tail:])
+    return torch.addcmul(_complex(driven), _power(in_map, tail), z[-1])
 
 
-def _join(chunks: Tensor, shape: torch.Size, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Chunks (H, B C, T) as (B, H, L) in `dtype`, times the gate."""
-    whole = chunks.view(shape[1], shape[0], -1)[..., : shape[2]].transpose(0, 1)
-    out = torch.empty(shape, dtype=dtype)
-    if gate is None:
-        return out.copy_(whole)
-    if dtype == chunks.dtype:
-        return torch.mul(whole, gate.to(dtype), out=out)
-    return out.copy_(whole * gate.to(chunks.dtype))
+def _fill_backward(
+    g: Tensor, d_y: Tensor, post: Tensor | None, out_map: Tensor, in_map: Tensor, decay: Tensor, d_last: Tensor
+) -> Tensor:
+    """Fill g (H, C B, T + 2N) with the gradients of the ungated outputs and of the states after each chunk.
+
+    d_last (H, B, N) is the gradient of the last state, of which only what it asks of the state before the last chunk enters g.
+    Returns the gradient of the first state.
+    """
+    batch, chunk = d_y.shape[0], in_map.shape[1] - 1
+    d, o = g[..., :chunk], g[..., chunk:]
+    _read(d_y, d, post)
+    z = _states(o, batch)
+    z[-1].zero_()
+    owed = out_map[:, chunk:].transpose(1, 2)
+    begin = _complex(torch.bmm(d[:, :batch], owed))
+    last = _power(in_map, _tail(d_y.shape[2], chunk)).conj() * d_last
+    if len(z) == 1:
+        return begin + last
+    torch.bmm(d[:, batch:], owed, out=o[:, :-batch])
+    z[-2].add_(last)
+    power = torch.view_as_complex(decay).conj().resolve_conj()
+    _scan(z[-2::-1], power)
+    return begin + power.unsqueeze(1).to(begin.dtype) * z[0]
+
+
+def _scan(z: Sequence[Tensor], power: Tensor) -> None:
+    """z[c] += power z[c-1], one after the other: (H, B, N) each.
+
+    The power is a sum of two numbers in z's dtype: rounded to one it would be wrong by 1e-3 after the 16,384 chunks of 1M.
+    """
+    high = power.unsqueeze(1).to(z[0].dtype)
+    low = (power.unsqueeze(1) - high).to(z[0].dtype)
+    for before, here in pairwise(z):
+        here.addcmul_(high, before).addcmul_(low, before)
+
+
+def _table_gradients(x: Tensor, g: Tensor, d_out: Tensor, d_in: Tensor, d_decay: Tensor) -> None:
+    """Gradients of the tables from all whole chunks."""
+    chunk = d_out.shape[2]
+    square = torch.bmm(x.transpose(1, 2), g)
+    d_out.copy_(square[..., :chunk])
+    d_in[:, 0] = 0
+    d_in[:, 1:] = square[:, :chunk, chunk:]
+    # conj(s) o, of which the product of interleaved pairs holds the four parts on its diagonal of 2 x 2 blocks.
+    re_re, re_im, im_re, im_im = (square[:, chunk + i :: 2, chunk + j :: 2].diagonal(dim1=1, dim2=2) for i in (0, 1) for j in (0, 1))
+    d_decay.copy_(torch.stack([re_re + im_im, re_im - im_re], -1))
+
+
+def _last_chunk_gradients(x: Tensor, d_last: Tensor, in_map: Tensor, d_v: Tensor, d_in: Tensor, length: int) -> None:
+    """Add to d_v and d_in what the last state, whose gradient is d_last (H, B, N), asks of the last chunk."""
+    batch, chunk = d_last.shape[1], d_v.shape[2]
+    tail = _tail(length, chunk)
+    d_pairs = torch.view_as_real(d_last).flatten(2)
+    d_v[:, -batch:, :tail] += torch.bmm(d_pairs, in_map[:, -tail:].transpose(1, 2))
+    d_in[:, -tail:] += torch.bmm(x[:, -batch:, :tail].transpose(1, 2), d_pairs)
+    _power(d_in, tail).add_((_complex(x[:, -batch:, chunk:]).conj() * d_last).sum(1, keepdim=True))
+
+
+def _tail(length: int, chunk: int) -> int:
+    """Tokens in the last chunk."""
+    return (length - 1) % chunk + 1
+
+
+def _power(in_map: Tensor, exponent: int) -> Tensor:
+    """The row lambda^exponent of an in_map, (H, 1, N) complex."""
+    return _complex(in_map[:, in_map.shape[1] - 1 - exponent]).unsqueeze(1)
 
 
 def _complex(pairs: Tensor) -> Tensor:
@@ -192,85 +275,44 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _toeplitz(taps: Tensor) -> Tensor:
-    """(H, T, T): row s to column t by tap t - s, zero below the diagonal."""
-    padded = torch.nn.functional.pad(taps, (0, 1))
-    return padded[:, _lag(taps.shape[1])]
+def _states(pairs: Tensor, batch: int) -> tuple[Tensor, ...]:
+    """(H, C B, 2N) as C complex views (H, B, N)."""
+    return _complex(pairs.unflatten(1, (-1, batch))).unbind(1)
 
 
-def _lag(chunk: int) -> Tensor:
-    """(T, T): t - s, and T where that is negative."""
-    at = torch.arange(chunk)
-    lag = at[None, :] - at[:, None]
-    return torch.where(lag < 0, chunk, lag)
+def _pieces(chunks: Tensor, signal: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views (H, C, B, T) of chunks (H, C B, T) beside those of a signal (B, H, L): all whole chunks, then the rest."""
+    chunk = chunks.shape[2]
+    grid = chunks.unflatten(1, (-1, signal.shape[0]))
+    n, rest = divmod(signal.shape[2], chunk)
+    if n:
+        yield grid[:, :n], signal[..., : n * chunk].unflatten(-1, (n, chunk)).permute(1, 2, 0, 3)
+    if rest:
+        yield grid[:, n:, :, :rest], signal[..., n * chunk :].unsqueeze(2).permute(1, 2, 0, 3)
 
 
-def _diagonal_sums(square: Tensor) -> Tensor:
-    """(H, T, T) -> (H, T): what each tap of a Toeplitz matrix receives."""
-    chunk = square.shape[1]
-    sums = square.new_zeros(square.shape[0], chunk + 1)
-    return sums.index_add_(1, _lag(chunk).flatten(), square.flatten(1))[:, :chunk].contiguous()
+def _read(signal: Tensor, chunks: Tensor, gate: Tensor | None) -> None:
+    """Copy a signal (B, H, L), times its gate, into chunks (H, C B, T), zeros behind the last token."""
+    batch, _, length = signal.shape
+    chunks[:, -batch:, _tail(length, chunks.shape[2]) :] = 0
+    gates = [None, None] if gate is None else [piece for _, piece in _pieces(chunks, gate)]
+    for (target, piece), by in zip(_pieces(chunks, signal), gates, strict=False):
+        _product(piece, by, target)
 
 
-def _answers(v: Tensor, states: Tensor, taps: Tensor, out_map: Tensor) -> Tensor:
-    return torch.bmm(v, _toeplitz(taps)).baddbmm_(states, out_map)
+def _write(chunks: Tensor, signal: Tensor, gate: Tensor | None) -> None:
+    """Copy chunks (H, C B, T), times the gate (B, H, L), into a signal (B, H, L)."""
+    gates = [None, None] if gate is None else [piece for _, piece in _pieces(chunks, gate)]
+    for (piece, target), by in zip(_pieces(chunks, signal), gates, strict=False):
+        _product(piece, by, target)
 
 
-def _forward_states(v: Tensor, in_map: Tensor, decay: Tensor, state: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-    """States before each chunk, (H, B C, 2N), and the one after the last, (H, B, N) complex128."""
-    driven = torch.bmm(v, in_map)
-    by_chunk = _complex(driven).unflatten(1, (batch, -1))
-    power = torch.view_as_complex(decay).unsqueeze(1)
-    carry = torch.zeros(by_chunk.shape[0], batch, by_chunk.shape[3], dtype=torch.complex128)
-    if state is not None:
-        carry.copy_(torch.view_as_complex(state).transpose(0, 1))
-    for c in range(by_chunk.shape[2]):
-        after = torch.addcmul(by_chunk[:, :, c].to(carry.dtype), power, carry)
-        by_chunk[:, :, c] = carry
-        carry = after
-    return driven, carry
-
-
-def _backward_states(owed: Tensor, decay: Tensor, d_last: Tensor, d_tail: Tensor | None, batch: int) -> Tensor:
-    """Turn gradients of the states before each chunk, from its outputs alone, into those of the states after it, in place.
-
-    d_last is the gradient of the final state; d_tail, if that lies within the last chunk, what it asks of the state before
-    the chunk. Returns the gradient of the first state. All (H, B, N) complex.
-    """
-    by_chunk = _complex(owed).unflatten(1, (batch, -1))
-    power = torch.view_as_complex(decay).conj().resolve_conj().unsqueeze(1)
-    carry = d_last.to(torch.complex128) if d_tail is None else torch.zeros_like(d_last, dtype=torch.complex128)
-    for c in reversed(range(by_chunk.shape[2])):
-        before = torch.addcmul(by_chunk[:, :, c].to(carry.dtype), power, carry)
-        by_chunk[:, :, c] = carry
-        carry = before
-        if d_tail is not None and c == by_chunk.shape[2] - 1:
-            carry = carry + d_tail
-    return carry
-
-
-def _final_state(v: Tensor, states: Tensor, last: Tensor, in_map: Tensor, shape: torch.Size) -> Tensor:
-    """The state (B, H, N, 2) after the last token, which may lie within a chunk."""
-    tail = shape[2] % v.shape[2]
-    if tail:
-        v_last, s_last = (t.unflatten(1, (shape[0], -1))[:, :, -1] for t in (v, states))
-        driven = torch.bmm(v_last[..., :tail], in_map[:, -tail:])
-        last = _complex(driven) + _tail_power(in_map, tail) * _complex(s_last)
-    return torch.view_as_real(last.transpose(0, 1).to(_complex(states).dtype)).contiguous()
-
-
-def _tail_power(in_map: Tensor, tail: int) -> Tensor:
-    """lambda^tail, (H, 1, N): row T-1-r of the in-map is lambda^r."""
-    return _complex(in_map[:, in_map.shape[1] - 1 - tail]).unsqueeze(1)
-
-
-def _tail_backward(
-    v: Tensor, states: Tensor, d_v: Tensor, d_in: Tensor, d_last: Tensor, in_map: Tensor, tail: int
-) -> None:
-    """Add to d_v and d_in what a final state within the last chunk, whose gradient is d_last (H, B, N), asks of them."""
-    batch = d_last.shape[1]
-    d_pairs = torch.view_as_real(d_last).flatten(-2)
-    v_last, s_last, d_v_last = (t.unflatten(1, (batch, -1))[:, :, -1] for t in (v, states, d_v))
-    d_v_last[..., :tail] += torch.bmm(d_pairs, in_map[:, -tail:].transpose(1, 2))
-    d_in[:, -tail:] += torch.bmm(v_last[..., :tail].transpose(1, 2), d_pairs)
-    _complex(d_in[:, in_map.shape[1] - 1 - tail]).add_((_complex(s_last).conj() * d_last).sum(1))
+def _product(a: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """a b, or a, into `out`, rounded once."""
+    if b is None:
+        out.copy_(a)
+    elif a.dtype == b.dtype == out.dtype:
+        torch.mul(a, b, out=out)
+    else:
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        out.copy_(a.to(wide) * b.to(wide))

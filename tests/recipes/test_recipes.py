@@ -1,0 +1,111 @@
+"""Every recipe builds, takes its flags, and says what it is; the papers' settings are what the papers say."""
+
+import inspect
+
+import pytest
+import torch
+
+from hippodrome.compare import count_parameters
+from hippodrome.part import BadInput, from_dict, to_dict
+from hippodrome.recipes import find_recipe, recipes
+from hippodrome.recipes._lm import Text
+from hippodrome.recipes._synthetic import Language
+from hippodrome.run import RunConfig, TrainConfig
+
+LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
+SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
+
+
+def test_the_recipes_asked_for_are_there():
+    wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
+    assert wanted <= set(recipes())
+    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) == set(recipes())
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_builds_on_meta_and_survives_json(name):
+    config = find_recipe(name)()
+    with torch.device("meta"):
+        model = config.model.build()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert from_dict(RunConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_flag_has_a_default_and_help(name):
+    recipe = find_recipe(name)
+    doc = inspect.getdoc(recipe)
+    assert doc
+    for parameter in inspect.signature(recipe).parameters.values():
+        assert parameter.kind == parameter.KEYWORD_ONLY
+        assert parameter.default is not parameter.empty
+        assert parameter.name in ("text", "train", "language") or f"{parameter.name}: " in doc
+    assert recipes()[name] == doc.partition("\n")[0]
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_language_model_reads_the_text_it_is_given(name):
+    text = Text(text="somewhere.txt", tokenizer="bytes", length=64)
+    config = find_recipe(name)(n_layer=3, d_model=64, text=text, train=TrainConfig(seed=5))
+    assert (config.task.text, config.task.length, config.task.seed) == ("somewhere.txt", 64, 5)
+    assert len(config.model.blocks) == 3
+    assert config.model.embed.vocab_size == 257
+    assert find_recipe(name)(text=Text(tokenizer="gpt2")).model.embed.vocab_size == 50257
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_carried_state_reads_a_stream(name):
+    assert find_recipe(name)().task.order == "shuffled"
+    assert find_recipe(name)(train=TrainConfig(carry_state=True)).task.order == "stream"
+
+
+def attention_layers(config):
+    return [i for i, block in enumerate(config.model.blocks) if type(block.mixer).part.__name__ == "Attention"]
+
+
+@pytest.mark.parametrize(("n_layer", "layers"), [(12, [1, 7]), (24, [1, 13]), (4, [1, 3]), (2, [1]), (1, [])])
+def test_the_hybrid_has_the_papers_two_attention_layers(n_layer, layers):
+    assert attention_layers(find_recipe("h3")(n_layer=n_layer)) == layers
+
+
+def test_attention_goes_where_it_is_told():
+    h3 = find_recipe("h3")
+    assert attention_layers(h3(n_layer=12, attention_layers=(6,))) == [6]
+    assert attention_layers(h3(attention_layers=())) == attention_layers(find_recipe("h3.pure")()) == []
+    with pytest.raises(BadInput, match="blocks 0 to 3"):
+        h3(n_layer=4, attention_layers=(4,))
+
+
+def test_the_published_125m_has_its_parameters():
+    config = find_recipe("h3")(n_layer=12, d_model=768, n_head=12, attention_layers=(6,), text=Text(tokenizer="gpt2"))
+    # The authors' 126,387,456 count B of the shift and A, B of the diagonal system, as we do.
+    assert count_parameters(config.model) == 126_387_456
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize(("task", "rows", "epochs"), [("induction", 31, 400), ("recall", 22, 200)])
+def test_synthetic_settings_are_the_papers(name, task, rows, epochs):
+    config = find_recipe(name)(language=Language(task=task, seed=3))
+    train, model = config.train, config.model
+    assert train.steps == 157 * epochs
+    assert (train.batch_size, train.lr, train.weight_decay, train.decay, train.clip) == (32, 5e-4, 0.1, "all", None)
+    assert (train.schedule, train.seed) == ("cosine" if task == "induction" else "linear", 3)
+    assert (model.d_model, len(model.blocks), model.blocks[0].channel.d_ff, model.embed.dropout) == (32, 2, 128, 0.1)
+    built = config.task.build()
+    batch = built.batch("train", 0, 4)
+    assert batch.inputs.shape == (4, rows)
+    assert config.model.build()(batch.inputs).logits.shape[-1] >= config.task.vocab_size
+
+
+def test_the_synthetic_h3_has_the_papers_size():
+    assert 46_000 < count_parameters(find_recipe("h3.synthetic")().model) < 47_000
+
+
+def test_only_the_transformer_has_positions_in_the_synthetic_race():
+    positions = {name: find_recipe(name)().model.embed.positions for name in SYNTHETIC}
+    assert positions == {**dict.fromkeys(SYNTHETIC, 0), "transformer.synthetic": 32}
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(BadInput, match=r"did you mean 'h3\.pure'"):
+        find_recipe("h3.puer")
