@@ -48,6 +48,8 @@ def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: boo
     folder = out or Path("runs") / name
     with ProgressDisplay(name) as watch:
         report = train_run(config, folder, resume=resume, watch=watch)
+    if os.environ.get("RANK", "0") != "0":
+        return
     _print_scores(report["scores"])
     print(
         f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hippodrome.metrics import read_metrics
+from hippodrome.devices import choose_device
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput, to_dict
 from hippodrome.run import RunConfig, provenance, read_config, write_json
@@ -93,7 +94,7 @@ def compare(
         "headline": runs[next(iter(runs))][0]["headline"],
         "seeds": seeds,
         "results": results,
-        "provenance": provenance(first.train.seed),
+        "provenance": provenance(first.train.seed, choose_device(first.train.device)),
     }
     write_json(folder / "report.json", report)
     _draw(folder, report)

@@ -27,12 +27,6 @@ class ProgressDisplay:
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(stderr=True), refresh_per_second=8)
-            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None) -> None:
@@ -42,11 +36,21 @@ class ProgressDisplay:
     def __call__(self, progress: Progress) -> None:
         if progress.scores:
             self._scores = dict(progress.scores)
-        if self._live is not None:
-            self._live.update(self._bar(progress))
+        if sys.stderr.isatty():
+            self._show(self._bar(progress))
         elif progress.step >= progress.steps or time.monotonic() - self._last_line >= QUIET_SECONDS:
             self._last_line = time.monotonic()
             print(f"{self.name}  {progress.step}/{progress.steps}  {self._facts(progress)}", file=sys.stderr, flush=True)
+
+    def _show(self, bar: Table) -> None:
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            # Not before there is something to show: of the processes of torchrun only one is ever told of progress.
+            self._live = Live(console=Console(stderr=True), refresh_per_second=8)
+            self._live.start()
+        self._live.update(bar)
 
     def _facts(self, progress: Progress) -> str:
         facts = [f"loss {progress.loss:.4f}"]

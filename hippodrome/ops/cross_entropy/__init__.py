@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hippodrome.ops._op import Op
 
@@ -57,6 +58,7 @@ class _Chunked(torch.autograd.Function):
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
@@ -80,6 +82,9 @@ def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     rows = max(1, CHUNK_LOGITS // weight.shape[0])
+    if not torch.is_grad_enabled():
+        # A Function is told what requires a gradient, not whether one is wanted.
+        hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
         nats = _Chunked.apply(hidden.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten(), rows)
     return nats, (targets != IGNORE).sum()

@@ -88,5 +88,6 @@ def diagonal_ssm(
         y = y * post_gate.to(real)
     return y.to(u.dtype), after
 
+
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.diagonal_ssm import cpu as _cpu  # noqa: E402, F401

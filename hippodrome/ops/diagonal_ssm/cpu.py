@@ -182,9 +182,7 @@ def _of(t: Tensor | None, at: slice) -> Tensor | None:
     return None if t is None else t[:, at]
 
 
-def _fill_forward(
-    x: Tensor, u: Tensor, pre: Tensor | None, in_map: Tensor, decay: Tensor, state: Tensor | None
-) -> Tensor:
+def _fill_forward(x: Tensor, u: Tensor, pre: Tensor | None, in_map: Tensor, decay: Tensor, state: Tensor | None) -> Tensor:
     """Fill x (H, C B, T + 2N) with the gated inputs and the states before each chunk. Returns the last state (H, B, N)."""
     batch, chunk = u.shape[0], in_map.shape[1] - 1
     v, s = x[..., :chunk], x[..., chunk:]
@@ -246,7 +244,9 @@ def _table_gradients(x: Tensor, g: Tensor, d_out: Tensor, d_in: Tensor, d_decay:
     d_in[:, 0] = 0
     d_in[:, 1:] = square[:, :chunk, chunk:]
     # conj(s) o, of which the product of interleaved pairs holds the four parts on its diagonal of 2 x 2 blocks.
-    re_re, re_im, im_re, im_im = (square[:, chunk + i :: 2, chunk + j :: 2].diagonal(dim1=1, dim2=2) for i in (0, 1) for j in (0, 1))
+    re_re, re_im, im_re, im_im = (
+        square[:, chunk + i :: 2, chunk + j :: 2].diagonal(dim1=1, dim2=2) for i in (0, 1) for j in (0, 1)
+    )
     d_decay.copy_(torch.stack([re_re + im_im, re_im - im_re], -1))
 
 
