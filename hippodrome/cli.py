@@ -170,6 +170,40 @@ def compare(
     print(f"report.json and curves.png are in {folder}")
 
 
+def bench(
+    op: Annotated[Positional[str], arg(metavar="OP")] = "diagonal_ssm",
+    *,
+    lengths: tuple[int, ...] = (1024, 4096, 16384),
+    batch: int = 8,
+    channels: int = 128,
+    modes: int = 32,
+    repeats: int = 5,
+    device: str = "cpu",
+    seed: int = 0,
+    out: Path = Path("benchmarks"),
+) -> None:
+    """Time an op against its peers; a table, JSON and a picture.
+
+    Args:
+        op: diagonal_ssm or long_conv.
+        lengths: Tokens.
+        batch: Rows.
+        channels: Channels.
+        modes: Complex modes of a channel, or taps of a long_conv kernel.
+        repeats: Calls that are timed; the median counts.
+        device: Where to run.
+        seed: Of the inputs.
+        out: The folder of OP_DEVICE.json and its picture.
+    """
+    from hippodrome import bench as timing
+
+    sizes = {"lengths": lengths, "batch": batch, "channels": channels, "modes": modes, "repeats": repeats}
+    rows = timing.bench(op, device=device, seed=seed, progress=print, **sizes)
+    heads = ("way", "length", "forward ms", "with backward ms")
+    _print_table(heads, [(row.way, f"{row.length:,}", f"{row.forward_ms:.1f}", f"{row.both_ms:.1f}") for row in rows])
+    print(f"{timing.save(rows, out, seed=seed, device=device)} and its picture are written")
+
+
 def list_() -> None:
     """What there is: recipes, and the parts by the folder of their slot."""
     from hippodrome import catalog
@@ -425,6 +459,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "list": list_,
     "show": show,
     "convert": convert,
+    "bench": bench,
     "parity": parity,
     "doctor": doctor,
     "demo": demo,

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hippodrome.metrics import read_metrics
 from hippodrome.devices import choose_device
+from hippodrome.metrics import read_metrics
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput, to_dict
 from hippodrome.run import RunConfig, provenance, read_config, write_json

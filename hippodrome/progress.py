@@ -54,7 +54,9 @@ class ProgressDisplay:
 
     def _facts(self, progress: Progress) -> str:
         facts = [f"loss {progress.loss:.4f}"]
-        facts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._scores.items() if name != "loss"]
+        scores = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._scores.items() if name != "loss"]
+        # One score: the line should fit into a terminal.
+        facts += scores[:1]
         facts += [f"{progress.tokens_per_s:,.0f} tokens/s", f"{_clock(progress.seconds_left)} left"]
         return "  ".join(facts)
 

@@ -118,7 +118,9 @@ def provenance(seed: int | None = None, device: torch.device | None = None) -> d
 
     on_gpu = device is not None and device.type == "cuda"
     return {
-        "command": " ".join(["hippodrome" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(
+            ["hippodrome" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]]
+        ),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seed": seed,

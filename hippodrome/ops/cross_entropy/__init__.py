@@ -1,6 +1,6 @@
 """cross_entropy: the loss of a language model straight from hidden vectors, so that all logits need never exist at once.
 
-    sum over t of  logsumexp_v(w_v . h_t) - w_(target_t) . h_t
+sum over t of  logsumexp_v(w_v . h_t) - w_(target_t) . h_t
 """
 
 from __future__ import annotations

@@ -47,5 +47,6 @@ def long_conv(
         y = y * post_gate.to(real)
     return y.to(u.dtype)
 
+
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.long_conv import cpu as _cpu  # noqa: E402, F401
