@@ -197,8 +197,17 @@ def bench(
     """
     from hippodrome import bench as timing
 
-    sizes = {"lengths": lengths, "batch": batch, "channels": channels, "modes": modes, "repeats": repeats}
-    rows = timing.bench(op, device=device, seed=seed, progress=print, **sizes)
+    rows = timing.bench(
+        op,
+        lengths=lengths,
+        batch=batch,
+        channels=channels,
+        modes=modes,
+        repeats=repeats,
+        device=device,
+        seed=seed,
+        progress=print,
+    )
     heads = ("way", "length", "forward ms", "with backward ms")
     _print_table(heads, [(row.way, f"{row.length:,}", f"{row.forward_ms:.1f}", f"{row.both_ms:.1f}") for row in rows])
     print(f"{timing.save(rows, out, seed=seed, device=device)} and its picture are written")
