@@ -196,7 +196,11 @@ def bench(
         out: The folder of OP_DEVICE.json and its picture.
     """
     from hippodrome import bench as timing
+    from hippodrome.devices import choose_device
 
+    if not lengths:
+        raise BadInput("lengths is empty: give at least one")
+    where = choose_device(device).type
     rows = timing.bench(
         op,
         lengths=lengths,
@@ -204,13 +208,13 @@ def bench(
         channels=channels,
         modes=modes,
         repeats=repeats,
-        device=device,
+        device=where,
         seed=seed,
         progress=print,
     )
     heads = ("way", "length", "forward ms", "with backward ms")
     _print_table(heads, [(row.way, f"{row.length:,}", f"{row.forward_ms:.1f}", f"{row.both_ms:.1f}") for row in rows])
-    print(f"{timing.save(rows, out, seed=seed, device=device)} and its picture are written")
+    print(f"{timing.save(rows, out, seed=seed, device=where)} and its picture are written")
 
 
 def list_() -> None:

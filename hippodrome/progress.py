@@ -64,10 +64,10 @@ class ProgressDisplay:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        row = Table.grid(padding=(0, 2))
+        row = Table.grid(padding=(0, 1))
         row.add_row(
             f"[bold]{self.name}[/bold]",
-            ProgressBar(total=progress.steps, completed=progress.step, width=24),
+            ProgressBar(total=progress.steps, completed=progress.step, width=12),
             f"{progress.step}/{progress.steps}",
             self._facts(progress),
         )

@@ -134,6 +134,15 @@ def test_doctor_names_every_op():
     assert "reference" in result.out
 
 
+def test_bench_leaves_numbers_and_a_picture(place):
+    sizes = ["--lengths", 16, 32, "--batch", 1, "--channels", 2, "--modes", 2, "--repeats", 1]
+    result = run("bench", "long_conv", *sizes, "--out", place / "bench")
+    assert result.code == 0, result.err
+    written = json.loads((place / "bench" / "long_conv_cpu.json").read_text())
+    assert {row["length"] for row in written["rows"]} == {16, 32}
+    assert (place / "bench" / "long_conv_cpu.png").is_file()
+
+
 def test_convert_then_parity(place):
     from tests.golden_files import FOLDER
 

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pyarrow
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -16,6 +15,8 @@ import hippodrome.documents
 from hippodrome.documents import find_source
 from hippodrome.part import BadInput
 from hippodrome.tokenizer import Tokenizer
+
+zstandard = pytest.importorskip("zstandard", reason="the extra for .zst files is not installed")
 
 DOCUMENTS = ["One document.\nTwo lines.", "Zwei: döcument 😀.", "Three."]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}

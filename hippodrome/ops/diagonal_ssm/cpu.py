@@ -13,7 +13,7 @@ in the cache and costs no page faults; memory beyond inputs and outputs is a sma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from torch import Tensor
 
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_powers
 
-CHUNK = 64
-"""Tokens a chunk: more are fewer steps of the recurrence, but T + 4 N multiply-adds a token."""
+CHUNKS = ((32_768, 64), (2_048, 32), (0, 16))
+"""(tokens a channel, chunk): the length of chunks from so many tokens on, each the fastest there with 32 modes. A chunk of T
+makes tables of T (T + 2N) numbers a channel, L / T steps of recurrence, and T + 4 N multiply-adds a token."""
 WORKSPACE = 1 << 22
 """Numbers in the workspace of a block of channels, or one channel's if that is more."""
+WIDE_STEP = 1 << 12
+"""States in a step of the recurrence from which on its arithmetic outweighs the call."""
 
 
 def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
@@ -48,8 +51,9 @@ def _cpu(
 ) -> tuple[Tensor, Tensor | None]:
     real = torch.promote_types(u.dtype, torch.float32)
     lead, (channels, length) = u.shape[:-2], u.shape[-2:]
-    # An even chunk: the states behind it in a row of the workspace are then aligned as complex numbers.
-    tables = _tables(log_modes, weights, skip, min(CHUNK, length + length % 2), real)
+    chunk = next(chunk for tokens, chunk in CHUNKS if u.numel() >= tokens * channels)
+    # Even in any case: the states behind a chunk in a row of the workspace are then aligned as complex numbers.
+    tables = _tables(log_modes, weights, skip, min(chunk, length + length % 2), real)
 
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.expand(u.shape).reshape(-1, channels, length)
@@ -189,15 +193,15 @@ def _fill_forward(x: Tensor, u: Tensor, pre: Tensor | None, in_map: Tensor, deca
     _read(u, v, pre)
     z = _states(s, batch)
     if state is None:
-        z[0].zero_()
+        z[:, 0] = 0
     else:
-        z[0].copy_(torch.view_as_complex(state).transpose(0, 1))
-    if len(z) > 1:
+        z[:, 0] = torch.view_as_complex(state).transpose(0, 1)
+    if z.shape[1] > 1:
         torch.bmm(v[:, :-batch], in_map[:, 1:], out=s[:, batch:])
-        _scan(z, torch.view_as_complex(decay))
+        _scan(z, _column(decay))
     tail = _tail(u.shape[2], chunk)
     driven = torch.bmm(v[:, -batch:, :tail], in_map[:, -tail:])
-    return torch.addcmul(_complex(driven), _power(in_map, tail), z[-1])
+    return torch.addcmul(_complex(driven), _power(in_map, tail), z[:, -1])
 
 
 def _fill_backward(
@@ -212,28 +216,53 @@ def _fill_backward(
     d, o = g[..., :chunk], g[..., chunk:]
     _read(d_y, d, post)
     z = _states(o, batch)
-    z[-1].zero_()
+    z[:, -1] = 0
     owed = out_map[:, chunk:].transpose(1, 2)
     begin = _complex(torch.bmm(d[:, :batch], owed))
     last = _power(in_map, _tail(d_y.shape[2], chunk)).conj() * d_last
-    if len(z) == 1:
+    if z.shape[1] == 1:
         return begin + last
     torch.bmm(d[:, batch:], owed, out=o[:, :-batch])
-    z[-2].add_(last)
-    power = torch.view_as_complex(decay).conj().resolve_conj()
-    _scan(z[-2::-1], power)
-    return begin + power.unsqueeze(1).to(begin.dtype) * z[0]
+    z[:, -2] += last
+    power = _column(decay).conj().resolve_conj()
+    _scan(z[:, :-1], power, reverse=True)
+    return begin + power[:, 0].to(begin.dtype) * z[:, 0]
 
 
-def _scan(z: Sequence[Tensor], power: Tensor) -> None:
-    """z[c] += power z[c-1], one after the other: (H, B, N) each.
+def _scan(z: Tensor, power: Tensor, *, reverse: bool = False) -> None:
+    """z[:, c] += power z[:, c-1], or c+1 in reverse, one after the other in place: (H, C, B, N) by (H, 1, 1, N) complex128.
 
-    The power is a sum of two numbers in z's dtype: rounded to one it would be wrong by 1e-3 after the 16,384 chunks of 1M.
+    Many short steps are cut into groups, all of which advance at once: first each alone, then their ends by this same scan,
+    then what a group owes to the end of the one before.
     """
-    high = power.unsqueeze(1).to(z[0].dtype)
-    low = (power.unsqueeze(1) - high).to(z[0].dtype)
-    for before, here in pairwise(z):
+    size = int(z.shape[1] ** 0.5)
+    if size < 8 or z[:, 0].numel() >= WIDE_STEP:
+        lanes = z.split(1, 1)
+        _advance(lanes[::-1] if reverse else lanes, power)
+        return
+    rest = z.shape[1] % size
+    grouped = z[:, rest:] if reverse else z[:, : z.shape[1] - rest]
+    lanes = grouped.unflatten(1, (-1, size)).unbind(2)
+    *inner, ends = lanes[::-1] if reverse else lanes
+    _advance([*inner, ends], power)
+    powers = list(accumulate([power] * size, torch.mul))
+    _scan(ends, powers[-1], reverse=reverse)
+    for lane, to_here in zip(inner, powers, strict=False):
+        _advance([ends[:, 1:], lane[:, :-1]] if reverse else [ends[:, :-1], lane[:, 1:]], to_here)
+    if rest:
+        _scan(z[:, : rest + 1] if reverse else z[:, -rest - 1 :], power, reverse=reverse)
+
+
+def _advance(lanes: Sequence[Tensor], power: Tensor) -> None:
+    high, low = _two(power, lanes[0].dtype)
+    for before, here in pairwise(lanes):
         here.addcmul_(high, before).addcmul_(low, before)
+
+
+def _two(power: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A sum of two numbers: rounded to one, a power would be wrong by 1e-3 after the 16,384 chunks of 1M tokens."""
+    high = power.to(dtype)
+    return high, (power - high).to(dtype)
 
 
 def _table_gradients(x: Tensor, g: Tensor, d_out: Tensor, d_in: Tensor, d_decay: Tensor) -> None:
@@ -275,9 +304,14 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _states(pairs: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """(H, C B, 2N) as C complex views (H, B, N)."""
-    return _complex(pairs.unflatten(1, (-1, batch))).unbind(1)
+def _states(pairs: Tensor, batch: int) -> Tensor:
+    """(H, C B, 2N) as a complex view (H, C, B, N)."""
+    return _complex(pairs.unflatten(1, (-1, batch)))
+
+
+def _column(decay: Tensor) -> Tensor:
+    """(H, N, 2) as complex numbers (H, 1, 1, N)."""
+    return torch.view_as_complex(decay)[:, None, None]
 
 
 def _pieces(chunks: Tensor, signal: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
