@@ -6,8 +6,9 @@ OUT ?= runs/demo
 
 .PHONY: demo test test-gpu lint clean
 
+# Waiting threads sleep: on a machine that is busy with something else, spinning ones take the cores from each other.
 demo: $(VENV)/installed
-	$(BIN)/hippodrome demo --out $(OUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hippodrome demo --out $(OUT)
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check hippodrome tests
