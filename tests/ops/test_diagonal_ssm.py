@@ -68,13 +68,13 @@ def test_kernel_is_the_authors(name):
 
 
 @pytest.mark.parametrize("chunk", [2, 16, 64])
-@pytest.mark.parametrize("wide_step", [1, 1 << 30])
+@pytest.mark.parametrize("wide", [1, 1 << 30])
 @pytest.mark.parametrize("gated", [False, True])
-def test_blocks_of_channels_and_groups_of_chunks_are_the_whole(chunk, wide_step, gated, monkeypatch):
+def test_blocks_of_channels_and_groups_of_chunks_are_the_whole(chunk, wide, gated, monkeypatch):
     """5 channels in blocks of 2, 2 and 1; a recurrence cut into groups, twice at chunks of 2, or not at all."""
     length, batch = 8450 if chunk == 2 else 1100, 2
     monkeypatch.setattr(cpu, "CHUNKS", ((0, chunk),))
-    monkeypatch.setattr(cpu, "WIDE_STEP", wide_step)
+    monkeypatch.setattr(cpu, "WIDE", wide)
     monkeypatch.setattr(cpu, "WORKSPACE", 2 * batch * -(-length // chunk) * (chunk + 2 * MODES))
     log_modes, weights = system()
     u, pre, post, d_y = signals(4, batch, CHANNELS, length)
@@ -119,10 +119,10 @@ def test_any_axes_before_the_channels(backend, lead):
     assert_close(y, torch.stack(rows).reshape(u.shape), 1e-12)
 
 
-@pytest.mark.parametrize(("backend", "wide_step"), [("reference", 0), ("cpu", 1), ("cpu", 1 << 30)])
-def test_modes_that_never_decay_stay_in_phase_over_a_million_tokens(backend, wide_step, monkeypatch):
+@pytest.mark.parametrize(("backend", "wide"), [("reference", 0), ("cpu", 1), ("cpu", 1 << 30)])
+def test_modes_that_never_decay_stay_in_phase_over_a_million_tokens(backend, wide, monkeypatch):
     """An impulse at the start, seen until the end: float32 against float64's cosine, and the state that is left."""
-    monkeypatch.setattr(cpu, "WIDE_STEP", wide_step)
+    monkeypatch.setattr(cpu, "WIDE", wide)
     length, phases = 1 << 20, torch.tensor([0.3, 1.1, 2.5], dtype=torch.float32)[:, None]
     u = torch.zeros(1, len(phases), length)
     u[..., 0] = 1
