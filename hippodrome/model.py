@@ -69,6 +69,40 @@ class Mixer(Part, nn.Module, Generic[S], folder="mixers"):
         y, after = self(x.unsqueeze(1), state)
         return y.squeeze(1), after
 
+    def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[S]:
+        """`step` for many tokens under weights that do not change. `state_dtype`: how a state that is rewritten every step
+        is stored between steps; None: as it is computed.
+        """
+        return Stepper(self)
+
+
+class Stepper(Generic[S]):
+    """Decoding without gradients and under fixed weights: what follows from the weights alone is computed once.
+
+    Equal to the mixer's `step`. Between steps the state has the form that suits the step: `begin` brings it there and `end`
+    back. A step may write its state in place; with fixed room it does so wherever it can, and never waits for the device.
+    `position` (B,) int64 is how many tokens each row has seen before the step: it belongs to the caller, who counts it.
+    """
+
+    def __init__(self, mixer: Mixer[S]) -> None:
+        self.mixer = mixer
+
+    def begin(self, state: S, position: Tensor) -> State:
+        """The state in the form between steps; the one given is consumed."""
+        return state
+
+    def step(self, x: Tensor, state: Any, position: Tensor) -> tuple[Tensor, State]:
+        """One token (B, D) -> (B, D), and the state after it."""
+        return self.mixer.step(x, state)
+
+    def end(self, state: Any, position: Tensor) -> S:
+        """The mixer's own state again, for chunks."""
+        return state
+
+    def traffic(self, state: Any, position: Tensor) -> int:
+        """Bytes of the state that a step has to read and write."""
+        return 2 * state.nbytes
+
 
 class ChannelMixer(Part, nn.Module, folder="channels"):
     """Moves information within a position: (B, L, D) -> (B, L, D). Built as `config.build(d_model)`."""
@@ -147,9 +181,9 @@ class Block(nn.Module):
         x, aux = self._mix_channels(x + self.dropout(mixed))
         return x, after, aux
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: State, position: Tensor, stepper: Stepper[Any]) -> tuple[Tensor, State]:
         """One token: x (B, D)."""
-        mixed, after = self.mixer.step(self.mixer_norm(x), state)
+        mixed, after = stepper.step(self.mixer_norm(x), state, position)
         x, _ = self._mix_channels(x + self.dropout(mixed))
         return x, after
 
@@ -244,13 +278,11 @@ class Model(nn.Module):
 
     def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
-        x = self.embed(inputs.unsqueeze(1), state.position).squeeze(1)
-        after = []
-        for block, block_state in zip(self._stack, state.blocks, strict=True):
-            x, block_state = block.step(x, block_state)
-            after.append(block_state)
-        logits = self.readout(self.final_norm(x).unsqueeze(1)).squeeze(1)
-        return logits, ModelState(state.position + 1, tuple(after))
+        return ModelStepper(self, [Stepper(block.mixer) for block in self._stack]).step(inputs, state)
+
+    def stepper(self, state_dtype: torch.dtype | None = None) -> ModelStepper:
+        """`step` for many tokens under weights that do not change; see `Mixer.stepper`."""
+        return ModelStepper(self, [block.mixer.stepper(state_dtype) for block in self._stack])
 
     def _hidden(
         self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
@@ -295,6 +327,38 @@ class Model(nn.Module):
             for name in getattr(module, "residual_out", ()):
                 linear = cast(nn.Linear, module.get_submodule(name))
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * len(self.blocks)))
+
+
+class ModelStepper:
+    """The steppers of a model's mixers, and all else that a step of the model is."""
+
+    def __init__(self, model: Model, mixers: list[Stepper[Any]]) -> None:
+        self.model, self.mixers = model, mixers
+
+    def begin(self, state: ModelState) -> ModelState:
+        """The state in the form between steps; the one given is consumed."""
+        pairs = zip(self.mixers, state.blocks, strict=True)
+        return ModelState(state.position, tuple(mixer.begin(block, state.position) for mixer, block in pairs))
+
+    def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
+        model, after = self.model, []
+        x = model.embed(inputs.unsqueeze(1), state.position).squeeze(1)
+        for block, mixer, before in zip(model.blocks, self.mixers, state.blocks, strict=True):
+            x, block_state = cast(Block, block).step(x, before, state.position, mixer)
+            after.append(block_state)
+        logits = model.readout(model.final_norm(x).unsqueeze(1)).squeeze(1)
+        return logits, ModelState(state.position + 1, tuple(after))
+
+    def end(self, state: ModelState) -> ModelState:
+        """The model's own state again, for chunks."""
+        pairs = zip(self.mixers, state.blocks, strict=True)
+        return ModelState(state.position, tuple(mixer.end(block, state.position) for mixer, block in pairs))
+
+    def traffic(self, state: ModelState) -> int:
+        """Bytes of the state that a step has to read and write."""
+        pairs = zip(self.mixers, state.blocks, strict=True)
+        return sum(mixer.traffic(block, state.position) for mixer, block in pairs)
 
 
 def _left_align(inputs: Tensor, spans: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -47,6 +48,10 @@ class LTI(Part, Fp32Parameters, Generic[S], folder="lti"):
         y, after = self.convolve(u.unsqueeze(-1), state)
         assert after is not None
         return y.squeeze(-1), after
+
+    def stepper(self) -> Callable[[Tensor, S], tuple[Tensor, S]]:
+        """`step` under weights that do not change, without gradients: what follows from them alone is computed once."""
+        return self.step
 
     def convolve(
         self,
@@ -107,8 +112,15 @@ class Diagonal(LTI[DiagonalState]):
         return DiagonalState(torch.zeros(*batch, *log_modes.shape, dtype=log_modes.dtype, device=log_modes.device))
 
     def step(self, u: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState]:
+        return self._step(u, state, *self.recurrence())
+
+    @torch.no_grad()
+    def stepper(self) -> Callable[[Tensor, DiagonalState], tuple[Tensor, DiagonalState]]:
+        modes, weights = self.recurrence()
+        return lambda u, state: self._step(u, state, modes, weights)
+
+    def _step(self, u: Tensor, state: DiagonalState, modes: Tensor, weights: Tensor) -> tuple[Tensor, DiagonalState]:
         with torch.autocast(u.device.type, enabled=False):
-            modes, weights = self.recurrence()
             z = modes * state.z + u.to(torch.promote_types(u.dtype, torch.float32)).unsqueeze(-1)
             y = (weights * z).real.sum(-1)
             return (y if self.D is None else y + self.D * u).to(u.dtype), DiagonalState(z)

@@ -9,7 +9,7 @@ The state that is kept is the last N inputs, of which x is a linear function.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,9 +70,25 @@ class Shift(LTI[ShiftState]):
         return ShiftState(self.B.new_zeros(*batch, *self.B.shape))
 
     def step(self, u: Tensor, state: ShiftState) -> tuple[Tensor, ShiftState]:
+        return self._step(u, state, self._taps())
+
+    @torch.no_grad()
+    def stepper(self) -> Callable[[Tensor, ShiftState], tuple[Tensor, ShiftState]]:
+        taps = self._taps()
+        return lambda u, state: self._step(u, state, taps)
+
+    @torch.no_grad()
+    def step_taps(self) -> Tensor:
+        """(N, H): how a step weighs the input of so many tokens ago, the skip included."""
+        taps = self._taps().t().clone()
+        if self.D is not None:
+            taps[0] += self.D
+        return taps
+
+    def _step(self, u: Tensor, state: ShiftState, taps: Tensor) -> tuple[Tensor, ShiftState]:
         with torch.autocast(u.device.type, enabled=False):
             window = self._with_past(u.unsqueeze(-1), state)[..., 1:]
-            y = (window * self._taps().flip(-1)).sum(-1)
+            y = (window * taps.flip(-1)).sum(-1)
             return (y if self.D is None else y + self.D * u).to(u.dtype), ShiftState(window)
 
     def convolve(

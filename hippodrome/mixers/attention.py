@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippodrome.model import Mixer
+from hippodrome.model import Mixer, Stepper
 from hippodrome.ops.attention import attention
+from hippodrome.ops.attention_step import attention_step
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Pattern
+from hippodrome.patterns import Causal, Pattern, Window
 from hippodrome.state import State
 
 
@@ -158,6 +159,11 @@ class Attention(Mixer[AttentionState]):
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         return AttentionState(k, v, position, reach, max_len is not None)
 
+    def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[AttentionState]:
+        # The op's slots hold all that these two patterns show to a query, and nothing that they hide.
+        seen_whole = type(self.config.pattern) in (Causal, Window)
+        return _AttentionStepper(self) if seen_whole else super().stepper(state_dtype)
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, q_position: Tensor | None = None, k_position: Tensor | None = None
     ) -> Tensor:
@@ -199,9 +205,58 @@ class Attention(Mixer[AttentionState]):
         if not state.fixed:
             wanted = size + length if newest is None else max(size, newest)
             return state.padded(wanted if state.reach is None else min(wanted, state.reach)), newest
-        if newest is not None and newest > size and not state.wraps:
-            raise BadInput(f"{newest} tokens do not fit the attention state's room for {size}: ask for a larger max_len")
+        if newest is not None and not state.wraps:
+            _check_room(newest, size)
         return state, newest
+
+
+@dataclass(frozen=True)
+class _AttentionStepState(State):
+    """The fixed keys and values of an `AttentionState`; it counts no positions."""
+
+    k: Tensor
+    v: Tensor
+    wraps: bool
+
+
+class _AttentionStepper(Stepper[AttentionState]):
+    """Keys and values of fixed room are written in place, and read as far as filled; a state that grows takes `step`."""
+
+    mixer: Attention
+
+    def begin(self, state: AttentionState, position: Tensor) -> State:
+        return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
+
+    def step(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+        if not isinstance(state, _AttentionStepState):
+            return super().step(x, state, position)
+        if position.device.type == "cpu" and not torch.compiler.is_compiling() and not state.wraps:
+            _check_room(int(position.max()) + 1, state.k.shape[2])
+        mixer, config = self.mixer, self.mixer.config
+        sizes = [n * mixer.d_head for n in (mixer.n_head, mixer.n_kv, mixer.n_kv)]
+        q, k, v = (t.unflatten(-1, (-1, mixer.d_head)) for t in mixer.Wqkv(x).split(sizes, -1))
+        if config.rotary_dim:
+            q, k = (rotate(t[:, :, None], position[:, None], config.rotary_dim, config.rotary_base)[:, :, 0] for t in (q, k))
+        y, keys, values = attention_step(q, k, v, state.k, state.v, position)
+        return mixer.out_proj(y.flatten(1)), _AttentionStepState(keys, values, state.wraps)
+
+    def end(self, state: State, position: Tensor) -> AttentionState:
+        if isinstance(state, AttentionState):
+            return state
+        assert isinstance(state, _AttentionStepState)
+        return AttentionState(state.k, state.v, position, self.mixer.config.pattern.reach, fixed=True)
+
+    def traffic(self, state: State, position: Tensor) -> int:
+        if not isinstance(state, _AttentionStepState):
+            return super().traffic(state, position)
+        slots = state.k.shape[2]
+        filled = int(position.clamp(max=slots).sum())
+        return (state.k.nbytes + state.v.nbytes) * filled // max(1, slots * len(position))
+
+
+def _check_room(tokens: int, slots: int) -> None:
+    if tokens > slots:
+        raise BadInput(f"{tokens} tokens do not fit the attention state's room for {slots}: ask for a larger max_len")
 
 
 def _nearest_divisor(wanted: int, number: int) -> int:

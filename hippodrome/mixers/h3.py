@@ -10,15 +10,17 @@ q * diagonal(shift(k) * v). x (B, L, D); `shift` has D channels, `diagonal` one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippodrome.lti._base import LTI
+from hippodrome.lti._base import LTI, Diagonal, DiagonalState
 from hippodrome.lti.s4d import S4D
-from hippodrome.lti.shift import Shift
-from hippodrome.model import Mixer
+from hippodrome.lti.shift import Shift, ShiftState
+from hippodrome.model import Mixer, Stepper
+from hippodrome.ops.h3_step import ages, h3_step
 from hippodrome.part import BadInput
 from hippodrome.state import State
 
@@ -93,6 +95,11 @@ class H3(Mixer[H3State]):
         s, diagonal = self.diagonal.step(k * v, state.diagonal)
         return self.output_linear(self._gather(q * s).to(q.dtype)), H3State(shift, diagonal)
 
+    def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[H3State]:
+        if isinstance(self.diagonal, Diagonal) and (self.shift is None or isinstance(self.shift, Shift)):
+            return _H3Stepper(self, self.shift, self.diagonal, state_dtype)
+        return super().stepper(state_dtype)
+
     def _outer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Signals (B, D, ...) as views (B, i, j, H, ...): k and q have an i and no j, v has a j and no i."""
         p = self.head_dim
@@ -104,6 +111,64 @@ class H3(Mixer[H3State]):
         """(B, i, j, H, ...) -> (B, D, ...): the sum over i, heads outside and j inside."""
         summed = y.squeeze(1) if self.head_dim == 1 else y.sum(1)
         return summed.transpose(1, 2).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class _H3StepState(State):
+    """ring (B, T, D): the last T keys, that of position p in slot p % T. z (B, p, p, H, N, 2): the modes, (re, im)."""
+
+    ring: Tensor
+    z: Tensor
+
+
+class _H3Stepper(Stepper[H3State]):
+    """One product for q, k and v, one op for both systems and gates, one product out.
+
+    The ring stores keys as the projection makes them. Without a shift it has one slot and one tap, 1.
+    """
+
+    @torch.no_grad()
+    def __init__(self, mixer: H3, shift: Shift | None, diagonal: Diagonal, state_dtype: torch.dtype | None) -> None:
+        super().__init__(mixer)
+        projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        self._weight = torch.cat([linear.weight for linear in projections])
+        self._bias = torch.cat([linear.bias for linear in projections])
+        self._out, self._state_dtype = mixer.output_linear, state_dtype
+        self._modes, self._weights = (constant.contiguous() for constant in diagonal.recurrence())
+        self._skip = None if diagonal.D is None else diagonal.D.detach()
+        self._taps = self._modes.real.new_ones(1, len(self._bias) // 3) if shift is None else shift.step_taps()
+
+    def begin(self, state: H3State, position: Tensor) -> _H3StepState:
+        z = torch.view_as_real(cast(DiagonalState, state.diagonal).z)
+        length, width = self._taps.shape
+        if state.shift is None:
+            ring = self._weight.new_zeros(len(z), length, width)
+        else:
+            keys = cast(ShiftState, state.shift).inputs.to(self._weight.dtype).transpose(1, 2)
+            ring = _slots(keys, -ages(position, length) % length)
+        return _H3StepState(ring, z.to(self._state_dtype or z.dtype).contiguous())
+
+    def step(self, x: Tensor, state: _H3StepState, position: Tensor) -> tuple[Tensor, _H3StepState]:
+        q, k, v = F.linear(x, self._weight, self._bias).chunk(3, -1)
+        constants = self._taps, self._modes, self._weights, self._skip
+        y, ring, z = h3_step(q, k, v, *constants, state.ring, position, state.z)
+        return self._out(y), _H3StepState(ring, z)
+
+    def end(self, state: _H3StepState, position: Tensor) -> H3State:
+        real, length = self._modes.real.dtype, len(self._taps)
+        diagonal = DiagonalState(torch.view_as_complex(state.z.to(real)))
+        if cast(H3, self.mixer).shift is None:
+            return H3State(None, diagonal)
+        order = (position[:, None] + torch.arange(length, device=position.device)) % length
+        return H3State(ShiftState(_slots(state.ring, order).transpose(1, 2).to(real)), diagonal)
+
+    def traffic(self, state: _H3StepState, position: Tensor) -> int:
+        return 2 * state.z.nbytes + state.ring.nbytes
+
+
+def _slots(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (B, T, D) in the order `index` (B, T), contiguous."""
+    return rows.gather(1, index[..., None].expand(rows.shape)).contiguous()
 
 
 def _channels_first(linear: nn.Linear, x: Tensor) -> Tensor:

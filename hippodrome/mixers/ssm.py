@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hippodrome.lti._base import LTI
 from hippodrome.lti.s4d import S4D
-from hippodrome.model import Mixer
+from hippodrome.model import Mixer, Stepper
 from hippodrome.part import BadInput
 from hippodrome.state import State
 
@@ -70,6 +70,9 @@ class SSM(Mixer[State]):
         y, after = self.system.step(x, state)
         return self._mix_channels(y), after
 
+    def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[State]:
+        return _SSMStepper(self) if self.causal else super().stepper(state_dtype)
+
     def _refuse(self, state: State | None) -> None:
         if state is not None:
             raise BadInput("a bidirectional SSM sees the future and takes no state: build it with bidirectional=False")
@@ -77,6 +80,18 @@ class SSM(Mixer[State]):
     def _mix_channels(self, y: Tensor) -> Tensor:
         mixed = self.output_linear(self.dropout(F.gelu(y)))
         return F.glu(mixed, -1) if self.glu else mixed
+
+
+class _SSMStepper(Stepper[State]):
+    """The system's constants once."""
+
+    def __init__(self, mixer: SSM) -> None:
+        super().__init__(mixer)
+        self._mix_channels, self._system = mixer._mix_channels, mixer.system.stepper()
+
+    def step(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+        y, after = self._system(x, state)
+        return self._mix_channels(y), after
 
 
 def _from_the_future(system: LTI[Any], u: Tensor) -> Tensor:

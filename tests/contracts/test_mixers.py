@@ -98,6 +98,45 @@ def test_a_chunk_after_steps_and_steps_after_a_chunk(config):
 
 
 @every(Mixer)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_stepper_steps_between_chunks_of_ragged_rows(config, fixed):
+    """Its outputs and the states it hands back are those of `step`, whatever the form between; rows may be reordered."""
+    mixer, x = causal(config), vectors(90)
+    first, order = rows(70, 3, 9), rows(2, 0)
+    with torch.no_grad():
+        _, state = mixer(x[:, :70], mixer.init_state(BATCH, 90 if fixed else None), lengths=first)
+        expected, plain = stepped(mixer, x[:, 70:75], state.clone())
+        stepper, position, outputs = mixer.stepper(), first.clone(), []
+        state = stepper.begin(state, position)
+        for token in x[:, 70:75].unbind(1):
+            y, state = stepper.step(token, state, position)
+            outputs.append(y)
+            position += 1
+        assert_close(torch.stack(outputs, 1), expected)
+        assert stepper.traffic(state, position) > 0
+        state, position = state.reorder(order), position[order]
+        y, _ = stepper.step(x[order, 75], state.clone(), position)
+        assert_close(y, mixer.step(x[order, 75], plain.reorder(order).clone())[0])
+        again, _ = mixer(x[order, 75:80], stepper.end(state, position))
+        assert_close(again, mixer(x[order, 75:80], plain.reorder(order))[0])
+
+
+@every(Mixer)
+def test_a_half_precision_stepper_gives_the_steps(config):
+    mixer, x = causal(config).to(torch.bfloat16), vectors(13).bfloat16()
+    with torch.no_grad():
+        expected, _ = stepped(mixer, x, mixer.init_state(BATCH, 13))
+        stepper, position, outputs = mixer.stepper(), torch.zeros(BATCH, dtype=torch.int64), []
+        state = stepper.begin(mixer.init_state(BATCH, 13), position)
+        for token in x.unbind(1):
+            y, state = stepper.step(token, state, position)
+            outputs.append(y)
+            position = position + 1
+        assert y.dtype == torch.bfloat16
+        assert_close(torch.stack(outputs, 1).float(), expected.float(), 1e-2)
+
+
+@every(Mixer)
 def test_half_precision_chunks_and_steps_give_the_whole(config):
     mixer, x = causal(config).to(torch.bfloat16), vectors(13).bfloat16()
     whole = mixer(x)[0]

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 import hippodrome.ops
 from hippodrome.ops._op import Op, use_backend
 from hippodrome.ops.attention import attention
+from hippodrome.ops.attention_step import attention_step
 from hippodrome.ops.cross_entropy import IGNORE, cross_entropy
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_kernel
+from hippodrome.ops.h3_step import h3_step
 from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Window
@@ -59,13 +61,48 @@ def cross_entropy_case(length, dtype, seed=0):
     return lambda hidden, weight: (cross_entropy(hidden, weight, targets)[0],), inputs
 
 
+def attention_step_case(length, dtype, seed=0):
+    """Rows that have seen nothing, some and more than there are slots; slices of one product."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (t.unflatten(1, (-1, 8)) for t in draw(g, dtype, 3, 64).split([32, 16, 16], 1))
+    keys, values = draw(g, dtype, 2, 3, 2, length, 8)
+    position = torch.tensor([0, length // 2, 3 * length + 1])
+    return lambda **inputs: attention_step(**inputs, position=position), {
+        "q": q,
+        "k": k,
+        "v": v,
+        "keys": keys,
+        "values": values,
+    }
+
+
+def h3_step_case(length, dtype, seed=0):
+    """Heads of two channels, `length` taps."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    pair = lambda *shape: torch.complex(draw(g, wide, *shape), draw(g, wide, *shape))  # noqa: E731
+    position = torch.tensor([0, length // 2, 3 * length + 1])
+    inputs = dict(zip("qkv", draw(g, dtype, 3, 18).split(6, 1), strict=True))
+    inputs |= {"taps": draw(g, wide, length, 6) / length**0.5, "modes": pair(3, 5), "weights": pair(3, 5)}
+    inputs |= {"skip": draw(g, wide, 3), "ring": draw(g, dtype, 3, length, 6), "state": draw(g, wide, 3, 2, 2, 3, 5, 2)}
+    order = ("q", "k", "v", "taps", "modes", "weights", "skip", "ring")
+    return lambda **given: h3_step(*(given[name] for name in order), position, given["state"]), inputs
+
+
 CASES = {
     "diagonal_ssm": (diagonal_ssm, ssm_case),
     "long_conv": (long_conv, conv_case),
     "attention": (attention, attention_case),
+    "attention_step": (attention_step, attention_step_case),
     "cross_entropy": (cross_entropy, cross_entropy_case),
+    "h3_step": (h3_step, h3_step_case),
 }
-PAIRS = [(name, backend) for name, (op, _) in CASES.items() for backend in op.backends if backend != "reference"]
+PAIRS = [
+    (name, backend)
+    for name, (op, _) in CASES.items()
+    for backend in op.backends
+    if backend not in ("reference", "triton")  # Triton's have their tests on the device
+]
 
 
 def test_every_op_has_a_case_and_every_case_is_an_op():
