@@ -171,50 +171,78 @@ def compare(
 
 
 def bench(
-    op: Annotated[Positional[str], arg(metavar="OP")] = "diagonal_ssm",
+    subject: Annotated[Positional[str], arg(metavar="SUBJECT")] = "diagonal_ssm",
     *,
-    lengths: tuple[int, ...] = (1024, 4096, 16384),
-    batch: int = 8,
-    channels: int = 128,
-    modes: int = 32,
-    repeats: int = 5,
-    device: str = "cpu",
+    lengths: tuple[int, ...] | None = None,
+    tokens: int | None = None,
+    batch: int | None = None,
+    channels: int | None = None,
+    layers: int | None = None,
+    modes: int | None = None,
+    taps: int | None = None,
+    head_dim: int | None = None,
+    vocabulary: int | None = None,
+    new_tokens: int | None = None,
+    bidirectional: bool = False,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    mode: Literal["eager", "blocks", "whole", "graph"] | None = None,
+    checkpointing: bool = False,
+    ways: tuple[str, ...] = (),
+    repeats: int | None = None,
+    device: str = "auto",
     seed: int = 0,
     out: Path = Path("benchmarks"),
+    tune: bool = False,
 ) -> None:
-    """Time an op against its peers; a table, JSON and a picture.
+    """Time an op, a training step or generation against its peers: a table, JSON and a picture.
+
+    A flag that is not given is the subject's own choice for the device; one that it does not know is refused.
 
     Args:
-        op: diagonal_ssm or long_conv.
-        lengths: Tokens.
-        batch: Rows.
-        channels: Channels.
-        modes: Complex modes of a channel, or taps of a long_conv kernel.
-        repeats: Calls that are timed; the median counts.
-        device: Where to run.
+        subject: diagonal_ssm, long_conv, h3, train, generate or lra.
+        lengths: Tokens of a row, or of a prompt.
+        tokens: Tokens of a batch, kept at every length.
+        batch: Rows, instead of as many as make the tokens.
+        channels: Channels, or the width of a model.
+        layers: Blocks of a model.
+        modes: Complex modes of a channel.
+        taps: Taps of a short or long kernel; of long_conv by default as many as tokens.
+        head_dim: Channels of an H3 head.
+        vocabulary: Ids of a language model.
+        new_tokens: Tokens generated after a prompt.
+        bidirectional: Classifiers of lra that look both ways.
+        dtype: fp32, or inputs (of models: autocast) in bf16 or fp16.
+        mode: How models run: eager, torch.compile of their blocks or of the whole, or one CUDA graph a step.
+        checkpointing: Train with activation checkpointing.
+        ways: Time only those with one of these words in their names.
+        repeats: Calls that are timed, of which the median counts; by default as many as fit a budget.
+        device: auto, cpu, cuda, cuda:1 and so on.
         seed: Of the inputs.
-        out: The folder of OP_DEVICE.json and its picture.
+        out: The folder of SUBJECT_DEVICE.json and its picture.
+        tune: Instead, measure anew the table by which long_conv chooses its algorithm.
     """
     from hippodrome import bench as timing
     from hippodrome.devices import choose_device
 
-    if not lengths:
-        raise BadInput("lengths is empty: give at least one")
-    where = choose_device(device).type
-    rows = timing.bench(
-        op,
-        lengths=lengths,
-        batch=batch,
-        channels=channels,
-        modes=modes,
-        repeats=repeats,
-        device=where,
-        seed=seed,
-        progress=print,
-    )
-    heads = ("way", "length", "forward ms", "with backward ms")
-    _print_table(heads, [(row.way, f"{row.length:,}", f"{row.forward_ms:.1f}", f"{row.both_ms:.1f}") for row in rows])
-    print(f"{timing.save(rows, out, seed=seed, device=where)} and its picture are written")
+    where = choose_device(device)
+    if tune:
+        print(f"{timing.tune(where, progress=_say)} is written")
+        return
+    settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
+    settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}
+    settings |= {"dtype": dtype, "mode": mode, "bidirectional": bidirectional or None, "checkpointing": checkpointing or None}
+    report = timing.bench(subject, where, out=out, seed=seed, repeats=repeats, ways=ways, progress=_say, **settings)
+    _print_table(*timing.table(report))
+    for line in timing.ratio_lines(report):
+        print(line)
+    print(f"{timing.path_of(report, out, where)} and its picture are written")
+    wrong = timing.differing(report)
+    if wrong:
+        raise BadInput(f"{subject} of our own was not timed: {'; '.join(wrong)}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def list_() -> None:

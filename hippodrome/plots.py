@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hippodrome.files import replacing
 
@@ -46,22 +47,26 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
         figure.savefig(beside, format="png")
 
 
+def look(number: int, *, markers: bool) -> dict[str, Any]:
+    """How competitor `number` is drawn: arguments of matplotlib's `plot`."""
+    drawn: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
+    drawn["linewidth"] = 2.0
+    return drawn | ({"marker": _MARKERS[number % len(_MARKERS)], "markersize": 6} if markers else {})
+
+
 def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
     from matplotlib.axes import Axes
     from matplotlib.ticker import EngFormatter
 
     assert isinstance(axes, Axes)
     for name, curves in panel.curves.items():
-        i = names.index(name)
-        look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 2.0}
-        if panel.markers:
-            look |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6, "markevery": 1 + len(curves[0][0]) // 15}
         x = curves[0][0]
+        drawn = look(names.index(name), markers=panel.markers) | ({"markevery": 1 + len(x) // 15} if panel.markers else {})
         columns = list(zip(*[y for _, y in curves], strict=True))
-        axes.plot(x, [sum(column) / len(column) for column in columns], label=name, **look)  # type: ignore[arg-type]
+        axes.plot(x, [sum(column) / len(column) for column in columns], label=name, **drawn)
         if len(curves) > 1:
             lows, highs = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between(x, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(x, lows, highs, color=drawn["color"], alpha=0.2, linewidth=0)
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     if panel.log_x:
         axes.set_xscale("log", base=2)

@@ -135,7 +135,7 @@ def test_doctor_names_every_op():
 
 
 def test_bench_leaves_numbers_and_a_picture(place):
-    sizes = ["--lengths", 16, 32, "--batch", 1, "--channels", 2, "--modes", 2, "--repeats", 1]
+    sizes = ["--lengths", 16, 32, "--batch", 1, "--channels", 2, "--taps", 2, "--repeats", 1, "--device", "cpu"]
     result = run("bench", "long_conv", *sizes, "--out", place / "bench")
     assert result.code == 0, result.err
     written = json.loads((place / "bench" / "long_conv_cpu.json").read_text())
