@@ -50,3 +50,4 @@ def long_conv(
 
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.long_conv import cpu as _cpu  # noqa: E402, F401
+from hippodrome.ops.long_conv import triton as _triton  # noqa: E402, F401

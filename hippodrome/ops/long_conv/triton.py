@@ -1,0 +1,197 @@
+"""long_conv on the GPU by the path that a table of times names: dense Toeplitz products, partitioned convolution, or FFT.
+
+One leaf forward and one backward; the path is chosen inside them, so that a compiled graph holds for every length. The backward
+keeps the inputs and makes all else again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hippodrome.ops.long_conv import _table, long_conv
+from hippodrome.ops.long_conv._taps import Taps, Wanted, empty
+
+DEVICES = ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not(u: Tensor, kernel: Tensor, **rest: Tensor | None) -> str | None:
+    if u.device.type not in DEVICES:
+        return f"the tensor is on {u.device.type}"
+    if u.is_cuda and torch.cuda.get_device_capability(u.device) < (8, 0):
+        return f"compute capability {torch.cuda.get_device_capability(u.device)} is under (8, 0)"
+    if u.dtype not in DTYPES:
+        return f"{u.dtype} has no tensor-core products here: float32, bfloat16 and float16 do"
+    if wide := [
+        f"{name} is {t.dtype}" for name, t in {"kernel": kernel, **rest}.items() if t is not None and t.dtype not in DTYPES
+    ]:
+        return f"{wide[0]}: the taps are computed in float32"
+    return None
+
+
+@long_conv.backend("triton", why_not=_why_not)
+def _triton(
+    u: Tensor,
+    kernel: Tensor,
+    *,
+    kernel_rev: Tensor | None = None,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+) -> Tensor:
+    shape = torch.broadcast_shapes(*(t.shape for t in (u, pre_gate, post_gate) if t is not None))
+    rows = (math.prod(shape[:-2]), *shape[-2:])
+    pre, post = (t if t is None else t.expand(shape).reshape(rows) for t in (pre_gate, post_gate))
+    return _conv(u.expand(shape).reshape(rows), kernel, kernel_rev, skip, pre, post).reshape(shape)
+
+
+def _taps(length: int, kernel: Tensor, kernel_rev: Tensor | None, skip: Tensor | None) -> Taps:
+    """The taps that meet an input."""
+    return Taps(kernel[:, :length], None if kernel_rev is None else kernel_rev[:, :length], skip)
+
+
+forced: str | None = None
+"""A path that every call is to take, for tests and measurements."""
+
+
+def path(name: str) -> Any:
+    """The module of a path: convolve and backward."""
+    register_flops()
+    return importlib.import_module(f"hippodrome.ops.long_conv._{name}")
+
+
+def _path(which: str, u: Tensor, taps: Taps) -> Any:
+    batch, channels, length = u.shape
+    first, last = taps.lags()
+    point = _table.Point(batch, channels, length, max(last, -first) + 1)
+    device = torch.cuda.get_device_name(u.device) if u.is_cuda else ""
+    return path(forced or _table.fastest(which, u.dtype, device, point))
+
+
+def tune(device: torch.device, *, progress: Callable[[str], None] | None = None) -> Path:
+    """Measure the table anew on this GPU and write it beside this file; `progress` is told of each row. Returns its path."""
+    _table.save(torch.cuda.get_device_name(device), _table.tune(device, say=progress or print))
+    return _table.FILE
+
+
+@torch.library.custom_op("hippodrome::long_conv", mutates_args=())
+def _conv(
+    u: Tensor, kernel: Tensor, kernel_rev: Tensor | None, skip: Tensor | None, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    if not u.numel():
+        return empty(u)
+    taps = _taps(u.shape[-1], kernel, kernel_rev, skip)
+    return _path("forward", u, taps).convolve(u, taps, pre, (post,))[0]
+
+
+@_conv.register_fake
+def _(u: Tensor, *rest: Tensor | None) -> Tensor:
+    return empty(u)
+
+
+@torch.library.custom_op("hippodrome::long_conv_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor,
+    u: Tensor,
+    kernel: Tensor,
+    kernel_rev: Tensor | None,
+    skip: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    want_inputs: bool,
+    want_taps: bool,
+    want_post: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, kernel, kernel_rev, skip, pre and post; without elements where there is none or it is not wanted."""
+    empties = _fake_backward(dy, u, kernel, kernel_rev, skip, pre, post, want_inputs, want_taps, want_post)
+    if not u.numel():
+        for t in empties:
+            t.zero_()
+        return empties
+    _, dkernel, drev, dskip, _, _ = empties
+    taps = _taps(u.shape[-1], kernel, kernel_rev, skip)
+    grads = _path("backward", u, taps).backward(dy, u, taps, pre, post, Wanted(want_inputs, want_taps, want_post))
+    if grads.lags is not None:
+        back = -taps.lags()[0]
+        dkernel = F.pad(grads.lags[:, back:], (0, kernel.shape[1] - taps.kernel.shape[1])).to(kernel.dtype)
+        if kernel_rev is not None:
+            drev = F.pad(grads.lags[:, : back + 1].flip(1), (0, kernel_rev.shape[1] - back - 1)).to(kernel_rev.dtype)
+        if skip is not None:
+            dskip = grads.lags[:, back].to(skip.dtype, copy=True)
+    du, dpre, dpost = (u.new_empty(0) if g is None else g for g in grads[:3])
+    return du, dkernel, drev, dskip, dpre, dpost
+
+
+@_conv_backward.register_fake
+def _fake_backward(
+    dy: Tensor,
+    u: Tensor,
+    kernel: Tensor,
+    kernel_rev: Tensor | None,
+    skip: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    want_inputs: bool,
+    want_taps: bool,
+    want_post: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(t: Tensor | None, wanted: bool, layout: Tensor | None = None) -> Tensor:
+        if t is None or not wanted:
+            return u.new_empty(0)
+        return t.new_empty(t.shape) if layout is None else empty(layout)
+
+    dkernel, drev, dskip = (like(t, want_taps) for t in (kernel, kernel_rev, skip))
+    return like(u, want_inputs, dy), dkernel, drev, dskip, like(pre, want_inputs, dy), like(post, want_post, u)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    want = (wanted[0] or wanted[4], wanted[1] or wanted[2] or wanted[3], wanted[5])
+    grads = torch.ops.hippodrome.long_conv_backward(dy, *ctx.saved_tensors, *want)
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
+
+
+_conv.register_autograd(_grad, setup_context=_save)
+
+
+def _flops(shape: torch.Size, kernel: torch.Size, kernel_rev: torch.Size | None) -> int:
+    """The fewer operations of the direct sum and of real transforms of the zero-padded rows and of the product between."""
+    batch, channels, length = shape
+    taps = sum(min(length, s[1]) for s in (kernel, kernel_rev) if s is not None)
+    n = length + min(length, taps)
+    return batch * channels * min(2 * taps * length, int(5 * n * math.log2(n)) + 3 * n)
+
+
+def _conv_flops(u: Any, kernel: Any, kernel_rev: Any, *rest: Any, out_shape: Any = None) -> int:
+    return _flops(u, kernel, kernel_rev)
+
+
+def _backward_flops(dy: Any, u: Any, kernel: Any, kernel_rev: Any, *rest: Any, out_shape: Any = None) -> int:
+    return sum(map(bool, rest[-3:])) * _flops(u, kernel, kernel_rev)
+
+
+@functools.cache
+def register_flops() -> None:
+    """Tell torch's counter. Its module imports triton, so this waits until either is there."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.hippodrome.long_conv)(_conv_flops)
+    register_flop_formula(torch.ops.hippodrome.long_conv_backward)(_backward_flops)
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    register_flops()
