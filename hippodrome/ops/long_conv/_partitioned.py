@@ -305,7 +305,7 @@ def _synthesise(spectra: Tensor, outs: list[Tensor], gates: list[Tensor | None],
     batch, channels, length = outs[0].shape
     columns = batch * blocks
     some = [outs[0] if gate is None else gate for gate in gates]
-    k = 128 // spectra.dtype.itemsize
+    k = min(2 * t, 128 // spectra.dtype.itemsize)
     r, n = power(columns, 16, 128), min(t, 128)
     synthesise[(t // n * triton.cdiv(columns, r) * channels,)](
         spectra, _matrices(t, spectra.dtype, spectra.device)[1], outs[0], some[0], outs[-1], some[-1],
