@@ -185,6 +185,7 @@ def bench(
     new_tokens: int | None = None,
     bidirectional: bool = False,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    state_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     mode: Literal["eager", "blocks", "whole", "graph"] | None = None,
     checkpointing: bool = False,
     ways: tuple[str, ...] = (),
@@ -212,6 +213,7 @@ def bench(
         new_tokens: Tokens generated after a prompt.
         bidirectional: Classifiers of lra that look both ways.
         dtype: fp32, or inputs (of models: autocast) in bf16 or fp16.
+        state_dtype: How generation stores H3's states between steps.
         mode: How models run: eager, torch.compile of their blocks or of the whole, or one CUDA graph a step.
         checkpointing: Train with activation checkpointing.
         ways: Time only those with one of these words in their names.
@@ -230,7 +232,8 @@ def bench(
         return
     settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
     settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}
-    settings |= {"dtype": dtype, "mode": mode, "bidirectional": bidirectional or None, "checkpointing": checkpointing or None}
+    settings |= {"dtype": dtype, "state_dtype": state_dtype, "mode": mode}
+    settings |= {"bidirectional": bidirectional or None, "checkpointing": checkpointing or None}
     report = timing.bench(subject, where, out=out, seed=seed, repeats=repeats, ways=ways, progress=_say, **settings)
     _print_table(*timing.table(report))
     for line in timing.ratio_lines(report):

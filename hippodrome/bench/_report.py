@@ -134,25 +134,29 @@ def draw(report: Report, path: Path) -> None:
         figure.savefig(beside, format="png")
 
 
+_IN_WORDS = {"head_dim": "channels a head", "vocabulary": "ids", "new_tokens": "new tokens", "bidirectional": "both directions"}
+
+
 def _title(rows: Sequence[Row]) -> str:
     shared = {name: value for name, value in rows[0].sizes.items() if all(row.sizes.get(name) == value for row in rows)}
-    return ", ".join([rows[0].dtype, *(f"{value:,} {name.replace('_', ' ')}" for name, value in shared.items())])
+    return ", ".join([rows[0].dtype, *(f"{_IN_WORDS.get(name, name)}: {value:,}" for name, value in shared.items())])
 
 
 def _draw_by_length(axes: Axes, rows: Sequence[Row], ways: Sequence[str]) -> None:
     fast = all("tokens_per_s" in row.more for row in rows)
-    for i, way in enumerate(ways):
-        costs = _by_length(rows, way, rows[0].task)
-        if costs:
-            lengths = sorted(costs)
-            y = [1 / costs[n] if fast else 1e12 * costs[n] for n in lengths]
-            axes.plot(lengths, y, label=way, **plots.look(i, markers=True))
-    axes.set(title=rows[0].task, xlabel="length", ylabel="tokens a second" if fast else "picoseconds a token and channel")
+    found = {way: _by_length(rows, way, rows[0].task) for way in ways}
+    least = min(cost for costs in found.values() for cost in costs.values())
+    scale, unit = (1e9, "nanoseconds") if least > 1e-9 else (1e12, "picoseconds")
+    for i, (way, costs) in enumerate(found.items()):
+        lengths = sorted(costs)
+        y = [1 / costs[n] if fast else scale * costs[n] for n in lengths]
+        axes.plot(lengths, y, label=way, **plots.look(i, markers=True))
+    axes.set(title=rows[0].task, xlabel="length", ylabel="tokens a second" if fast else f"{unit} a token and channel")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({row.length for row in rows})
     axes.set_xticks(ticks, [_short(tick) for tick in ticks], rotation=45 if len(ticks) > 7 else 0)
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     _finish(axes)
 
 
@@ -180,6 +184,11 @@ def _intensity(row: Row) -> float:
 
 
 def _finish(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -2,7 +2,8 @@
 
 24 blocks of width 2048, heads of 128, half precision, random weights and prompts (neither changes the work). The H3 hybrid has
 attention in two blocks, as published; transformers generates with a GPT-2 of the same shape. The prefill of the whole batch and
-its greedy steps are timed apart; tokens_per_s counts the new tokens over both. Where memory is short the batch is halved.
+its greedy steps are timed apart; tokens_per_s counts the new tokens over both. step_share_of_copy: the rate at which a step
+reads and writes weights and states, as a share of a copy's. Where memory is short the batch is halved.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ TASK = "generation"
 GPU_LENGTHS, CPU_LENGTHS = (512, 1024, 2048, 8192, 32768), (64, 256)
 VOCABULARY = 50257
 HEAD_WIDTH = 128
+PEER_LONGEST = 2048
+"""Prompts beyond are not given to transformers: at this one it takes ten seconds already."""
 
 
 def rows(
@@ -46,6 +49,7 @@ def rows(
     vocabulary: int | None = None,
     new_tokens: int | None = None,
     dtype: str | None = None,
+    state_dtype: str | None = None,
 ) -> Iterator[Row]:
     """Generation after prompts of every length, by every model. Models are built once; on a CPU they are small."""
     checked("generate", bench.ways, WAYS)
@@ -64,10 +68,11 @@ def rows(
     ]
     for way, config in models.items():
         if bench.wants(way):
-            yield from _ours(bench, [replace(row, way=way) for row in empty], config)
+            kept = None if state_dtype is None else DTYPES[state_dtype]
+            yield from _ours(bench, [replace(row, way=way) for row in empty], config, kept)
             bench.free()
     if _peers.installed("transformers") and bench.wants(PEER):
-        yield from _transformers(bench, [replace(row, way=PEER) for row in empty])
+        yield from _transformers(bench, [replace(row, way=PEER) for row in empty if row.length <= PEER_LONGEST])
         bench.free()
 
 
@@ -85,7 +90,7 @@ def _models(channels: int, layers: int, head_dim: int, vocabulary: int) -> dict[
     return {way: dataclasses.replace(config.model, embed=embed) for way, config in configs.items()}
 
 
-def _ours(bench: Bench, empty: Sequence[Row], config: ModelConfig) -> Iterator[Row]:
+def _ours(bench: Bench, empty: Sequence[Row], config: ModelConfig, state: torch.dtype | None) -> Iterator[Row]:
     bench.reseed()
     with torch.device(bench.device):
         model = config.build().to(DTYPES[empty[0].dtype]).eval()
@@ -95,19 +100,24 @@ def _ours(bench: Bench, empty: Sequence[Row], config: ModelConfig) -> Iterator[R
             facts: dict[str, float] = {}
 
             def call() -> None:
-                facts.update(time_generation(model, row.length, row.sizes["new_tokens"], row.batch))
+                new = row.sizes["new_tokens"]
+                facts.update(time_generation(model, row.length, new, row.batch, state_dtype=state))
 
             with fast_attention(bench):
                 peak = bench.peak(call)
             new = row.sizes["new_tokens"]
             seconds = facts["prefill_s"] + new * facts["step_s"]
-            kept = {name: facts[name] for name in ("prefill_s", "step_s", "state_bytes")}
-            return replace(row, ms=1e3 * seconds, peak_bytes=peak, more=kept | {"tokens_per_s": row.batch * new / seconds})
+            more = {name: facts[name] for name in ("prefill_s", "begin_s", "step_s", "state_bytes", "step_bytes")}
+            more["step_share_of_copy"] = facts["step_bytes"] / facts["step_s"] / bench.ceilings.copy_bytes_per_s
+            more["tokens_per_s"] = row.batch * new / seconds
+            return replace(row, ms=1e3 * seconds, peak_bytes=peak, more=more)
 
         yield bench.fit(row, measured)
 
 
 def _transformers(bench: Bench, empty: Sequence[Row]) -> Iterator[Row]:
+    if not empty:
+        return
     from transformers import GPT2Config, GPT2LMHeadModel  # type: ignore[import-not-found]
 
     sizes = empty[0].sizes
