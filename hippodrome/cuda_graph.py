@@ -1,4 +1,4 @@
-"""A training step replayed as one CUDA graph: for models so small that launching kernels takes longer than running them."""
+"""A training or decoding step replayed as one CUDA graph: where launching kernels takes longer than running them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hippodrome.model import ModelState, ModelStepper
 from hippodrome.part import BadInput
 from hippodrome.task import Batch
 
@@ -68,3 +69,52 @@ class GraphedStep:
         self._graph.replay()
         loss, norm = self._results
         return loss.clone(), norm.clone()
+
+
+class GraphedDecode:
+    """The decoding steps of a batch: ids, states and logits lie in fixed memory, and a step is one launch.
+
+    The first call steps as it is and thereby warms up what a capture must find ready, the second captures, and from then on
+    steps are replayed. `tokens` (B,) int64 are the ids that the next call feeds: write into it, or give `choose`, logits
+    (B, V) to ids (B,) on the device, and each call leaves the next ids there. No mixer's state may grow.
+    """
+
+    def __init__(
+        self,
+        stepper: ModelStepper,
+        state: ModelState,
+        tokens: Tensor,
+        choose: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.state, self.tokens = state, tokens.clone()
+        self._stepper, self._choose = stepper, choose
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Logits (B, V) after `tokens`; the next call overwrites them."""
+        if not self._warm:
+            self._warm = True
+            return self._step()
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._step()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _step(self) -> Tensor:
+        logits, after = self._stepper.step(self.tokens, self.state)
+        for held, new in zip(self.state.tensors(), after.tensors(), strict=True):
+            if held.shape != new.shape:
+                raise BadInput(
+                    f"a state grew from {tuple(held.shape)} to {tuple(new.shape)}: a CUDA graph needs a fixed max_len"
+                )
+            if held.data_ptr() != new.data_ptr():
+                held.copy_(new)
+        if self._choose is not None:
+            self.tokens.copy_(self._choose(logits))
+        return logits

@@ -2,11 +2,13 @@
 
 `stream` is the one loop; `generate` collects it and `stream_text` turns it into text. Rows are independent: row i draws from
 its own generator, seeded with `sampling.seed + i`, so that a prompt in a batch gives what it gives alone with that seed, and
-the same on every device (up to rounding of the logits).
+the same on every device (up to rounding of the logits). What follows from the weights alone is computed once, and on a CUDA
+device a step is one graph: the weights must not change before the last token.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hippodrome.model import Model, ModelState
+from hippodrome.cuda_graph import GraphedDecode
+from hippodrome.model import Model, ModelState, ModelStepper
 from hippodrome.part import BadInput
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ Prompts = Sequence[Sequence[int]] | Sequence[str] | Tensor
 
 PREFILL_CHUNK = 8192
 """Tokens of a prompt that go through the model at once unless asked otherwise: what bounds the memory of a prefill."""
+
+_NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ def generate(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graph: bool | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, at most `max_new_tokens` of them. Arguments as in `stream`."""
     steps = stream(
@@ -82,6 +89,8 @@ def generate(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         prefill_chunk=prefill_chunk,
+        cuda_graph=cuda_graph,
+        state_dtype=state_dtype,
     )
     rows: list[list[int]] = [[] for _ in range(len(prompts))]
     for step in steps:
@@ -102,13 +111,18 @@ def stream(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graph: bool | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, a step at a time, the new id of each row; None for a row that has ended.
 
     prompts: lists of ids, of different lengths if need be, or ids (B, L), or with a tokenizer strings; an empty one starts
     from the tokenizer's end-of-document token. A row ends before one of `stop_ids` (which is not yielded) or with the token
     that completes one of the strings `stop` (which need a tokenizer). vocab_size: ids from there on are padding of the
-    vocabulary and never drawn; by default the tokenizer's size. Bad arguments raise `BadInput` here, not at the first step.
+    vocabulary and never drawn; by default the tokenizer's size. cuda_graph: whether a step is replayed as one CUDA graph;
+    None: on CUDA devices, but under autocast. Rows that have ended are then computed on and ignored. state_dtype: how states
+    that are rewritten every step are stored, such as torch.bfloat16; None: as computed. Bad arguments raise `BadInput` here,
+    not at the first step.
     """
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
@@ -122,6 +136,9 @@ def stream(
         raise BadInput("stop strings need a tokenizer; ids are given as stop_ids")
     if "" in stop:
         raise BadInput("a stop string is empty: it would stop at once")
+    graph = _with_graph(model, cuda_graph)
+    if state_dtype is not None and not state_dtype.is_floating_point:
+        raise BadInput(f"state_dtype is {state_dtype}: it must be a floating-point dtype, or none")
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     ends = [_StopBytes(stop, tokenizer) for _ in range(len(prompts))]
@@ -129,7 +146,8 @@ def stream(
     table, largest = getattr(model.embed, "weight", None), max(map(max, rows))
     if isinstance(table, Tensor) and largest >= len(table):
         raise BadInput(f"a prompt holds the id {largest}: the model's vocabulary ends at {len(table) - 1}")
-    return _decode(model, rows, max_new_tokens, sampling or Sampling(), set(stop_ids), ends, vocab_size, prefill_chunk)
+    how = _How(sampling or Sampling(), vocab_size, prefill_chunk, graph, state_dtype)
+    return _decode(model, rows, max_new_tokens, set(stop_ids), ends, how)
 
 
 def stream_text(
@@ -143,6 +161,8 @@ def stream_text(
     stop: Sequence[str] = (),
     vocab_size: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graph: bool | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Iterator[str]:
     """Yield what the model writes after `prompt`, in pieces of whole characters, up to but without a stop string.
 
@@ -158,6 +178,8 @@ def stream_text(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         prefill_chunk=prefill_chunk,
+        cuda_graph=cuda_graph,
+        state_dtype=state_dtype,
     )
     return _text(steps, tokenizer, stop)
 
@@ -189,25 +211,27 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return logits.softmax(-1)
 
 
+@dataclass(frozen=True)
+class _How:
+    """The settings of one call."""
+
+    sampling: Sampling
+    vocab_size: int | None
+    prefill_chunk: int
+    cuda_graph: bool
+    state_dtype: torch.dtype | None
+
+
 def _decode(
-    model: Model,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: set[int],
-    ends: list[_StopBytes],
-    vocab_size: int | None,
-    prefill_chunk: int,
+    model: Model, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int], ends: list[_StopBytes], how: _How
 ) -> Iterator[list[int | None]]:
     was_training = model.training
     model.eval()
     try:
-        logits, state = _prefill(model, prompts, max_new_tokens, prefill_chunk)
-        seen = _seen(prompts, logits, vocab_size) if sampling.repetition_penalty != 1 else None
-        dice = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+        decoder = _decoder(model, prompts, max_new_tokens, how)
         live = list(range(len(prompts)))
         for left in reversed(range(max_new_tokens)):
-            tokens = _draw(logits[:, :vocab_size], sampling, seen, [dice[row] for row in live])
+            tokens = decoder.draw()
             new: list[int | None] = [None] * len(prompts)
             stay: list[int] = []
             for slot, (row, token) in enumerate(zip(live, tokens, strict=True)):
@@ -220,26 +244,152 @@ def _decode(
             if not stay or not left:
                 return
             if len(stay) < len(live):
-                state = state.reorder(torch.tensor(stay))
-                seen = None if seen is None else seen[stay]
+                decoder.keep(stay)
             live = [live[slot] for slot in stay]
-            chosen = torch.tensor([tokens[slot] for slot in stay], device=logits.device)
-            if seen is not None:
-                seen = seen.scatter(1, chosen[:, None], True)
-            with torch.no_grad():
-                logits, state = model.step(chosen, state)
+            decoder.feed([tokens[slot] for slot in stay])
     finally:
         model.train(was_training)
 
 
-@torch.no_grad()
+def _decoder(model: Model, prompts: list[list[int]], max_new_tokens: int, how: _How) -> _Decoder:
+    """The prompts' rows, prefilled."""
+    logits, state = _prefill(model, prompts, max_new_tokens, how.prefill_chunk)
+    stepper = model.stepper(how.state_dtype)
+    state = stepper.begin(state)
+    penalised = how.sampling.repetition_penalty != 1
+    if how.cuda_graph and how.sampling.temperature == 0 and not penalised:
+        return _GreedyGraphDecoder(stepper, state, logits[:, : how.vocab_size], max_new_tokens - 1)
+    seen = _seen(prompts, logits, how.vocab_size) if penalised else None
+    kind = _GraphDecoder if how.cuda_graph else _EagerDecoder
+    return kind(stepper, state, logits, seen, how)
+
+
+class _Decoder:
+    """The rows that are still being written. Each step: draw, keep those that go on, feed them their tokens."""
+
+    def draw(self) -> list[int]:
+        """The next token of each row."""
+        raise NotImplementedError
+
+    def keep(self, slots: list[int]) -> None:
+        """Go on with these of the rows alone."""
+        raise NotImplementedError
+
+    def feed(self, tokens: list[int]) -> None:
+        """Step with these tokens, as many as there are rows."""
+        raise NotImplementedError
+
+
+class _EagerDecoder(_Decoder):
+    """Draws on the host; rows that have ended leave the batch."""
+
+    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, seen: Tensor | None, how: _How) -> None:
+        self.stepper, self.state, self.logits, self.seen = stepper, state, logits, seen
+        self.sampling, self.vocab_size = how.sampling, how.vocab_size
+        self.dice = [torch.Generator().manual_seed(how.sampling.seed + row) for row in range(len(logits))]
+
+    def draw(self) -> list[int]:
+        return _draw(self.logits[:, : self.vocab_size], self.sampling, self.seen, self.dice)
+
+    def keep(self, slots: list[int]) -> None:
+        self.state = self.state.reorder(torch.tensor(slots))
+        self._keep_draws(slots)
+
+    def feed(self, tokens: list[int]) -> None:
+        chosen = self._chosen(tokens)
+        with torch.no_grad():
+            self.logits, self.state = self.stepper.step(chosen, self.state)
+
+    def _keep_draws(self, slots: list[int]) -> None:
+        self.seen = None if self.seen is None else self.seen[slots]
+        self.dice = [self.dice[slot] for slot in slots]
+
+    def _chosen(self, tokens: list[int]) -> Tensor:
+        chosen = torch.tensor(tokens, device=self.logits.device)
+        if self.seen is not None:
+            self.seen = self.seen.scatter(1, chosen[:, None], True)
+        return chosen
+
+
+class _GraphDecoder(_EagerDecoder):
+    """Draws on the host, steps by a graph over all rows of the start."""
+
+    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, seen: Tensor | None, how: _How) -> None:
+        super().__init__(stepper, state, logits, seen, how)
+        self.rows = torch.arange(len(logits), device=logits.device)
+        self.graph = GraphedDecode(stepper, state, torch.zeros_like(self.rows))
+
+    def keep(self, slots: list[int]) -> None:
+        self.rows = self.rows[slots]
+        self._keep_draws(slots)
+
+    def feed(self, tokens: list[int]) -> None:
+        self.graph.tokens[self.rows] = self._chosen(tokens)
+        self.logits = self.graph()[self.rows]
+
+
+class _GreedyGraphDecoder(_Decoder):
+    """The likeliest token is found and fed on the device, which is a step ahead while the host reads ids."""
+
+    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, steps: int) -> None:
+        self.vocab_size, self.steps = logits.shape[1], steps
+        self.rows = list(range(len(logits)))
+        self.said = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        self.read = torch.empty(len(logits), dtype=torch.int64, pin_memory=logits.is_cuda)
+        self.graph = GraphedDecode(stepper, state, self._choose(logits), self._choose)
+
+    def draw(self) -> list[int]:
+        self.read.copy_(self.said, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        if self.steps:
+            self.steps -= 1
+            self.graph()
+        done.synchronize()
+        everyone = self.read.tolist()
+        tokens = [everyone[row] for row in self.rows]
+        if min(tokens) < 0:
+            raise BadInput(_NOT_FINITE)
+        return tokens
+
+    def keep(self, slots: list[int]) -> None:
+        self.rows = [self.rows[slot] for slot in slots]
+
+    def feed(self, tokens: list[int]) -> None:
+        pass
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The ids to feed; what is said is -1 where the logits are not finite."""
+        best, at = logits[:, : self.vocab_size].max(-1)
+        self.said.copy_(torch.where(best.isfinite(), at, -1))
+        return self.said.clamp(min=0)
+
+
+def _with_graph(model: Model, wanted: bool | None) -> bool:
+    """Whether steps are replayed as a CUDA graph."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if wanted and not on_cuda:
+        raise BadInput("cuda_graph is asked for, but the model is not on a CUDA device")
+    # Autocast would cast every weight again in each replay.
+    return on_cuda and not torch.is_autocast_enabled("cuda") if wanted is None else wanted
+
+
 def _prefill(model: Model, prompts: list[list[int]], room: int, chunk: int) -> tuple[Tensor, ModelState]:
-    """Logits (B, V) after each prompt and the state, with room for `room` more tokens. Prompts are padded on the right."""
-    device = next(model.parameters()).device
-    counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    """Logits (B, V) after each prompt and the state, with room for `room` more tokens."""
+    return _fill(model, *_padded(prompts, next(model.parameters()).device), room, chunk)
+
+
+def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) padded on the right, and the real ones of each row (B,)."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    state = model.init_state(len(prompts), longest + room)
+    return ids, torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+
+@torch.no_grad()
+def _fill(model: Model, ids: Tensor, counts: Tensor, room: int, chunk: int) -> tuple[Tensor, ModelState]:
+    longest = ids.shape[1]
+    state = model.init_state(len(ids), longest + room)
     ragged = bool((counts != longest).any())
     logits = None
     for start in range(0, longest, chunk):
@@ -256,7 +406,7 @@ def _draw(logits: Tensor, sampling: Sampling, seen: Tensor | None, dice: list[to
     """One token a row: where its cumulative probability passes a uniform number of the row's own generator."""
     # Not all logits, as -inf is how a model forbids a token.
     if not logits.amax(-1).isfinite().all():
-        raise BadInput("the model's logits are not finite: its weights are damaged or its training diverged")
+        raise BadInput(_NOT_FINITE)
     odds = probabilities(logits, sampling, seen)
     if sampling.temperature == 0:
         return odds.argmax(-1).tolist()
@@ -348,11 +498,19 @@ def _maybe_stop(text: str, stop: Sequence[str]) -> int:
 
 
 @torch.no_grad()
-def time_generation(model: Model, prompt_len: int, new_tokens: int, batch: int = 1) -> dict[str, float]:
+def time_generation(
+    model: Model,
+    prompt_len: int,
+    new_tokens: int,
+    batch: int = 1,
+    *,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cuda_graph: bool | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> dict[str, float]:
     """Seconds of a prefill of `batch` prompts of `prompt_len` tokens and of the greedy steps after it.
 
-    prefill_s, step_s (one step of the whole batch), tokens_per_s (of the steps, all rows together), state_bytes (of the
-    whole batch at the end). Kernels are warmed up before; the model is timed as it stands (device, dtype).
+    prefill_s, and what `time_steps` gives. Kernels are warmed up before; the model is timed as it stands (device, dtype).
     """
     if min(prompt_len, new_tokens, batch) < 1:
         raise BadInput(f"prompt_len {prompt_len}, new_tokens {new_tokens} and batch {batch} must be at least 1")
@@ -360,27 +518,87 @@ def time_generation(model: Model, prompt_len: int, new_tokens: int, batch: int =
     was_training = model.training
     model.eval()
     try:
-        prompts = [[0] * prompt_len] * batch
-        logits, state = _prefill(model, [[0] * min(prompt_len, 16)] * batch, 2, PREFILL_CHUNK)
-        model.step(logits.argmax(-1), state)
+        vocabulary = getattr(model.embed, "weight", torch.empty(1)).shape[0]
+        ids = torch.randint(vocabulary, (batch, prompt_len), generator=torch.Generator().manual_seed(0)).to(device)
+        counts = torch.full((batch,), prompt_len, device=device)
+        # On a GPU the kernels of a chunk depend on its shape, and the first call of each is no measurement.
+        warm = min(prompt_len, prefill_chunk if device.type == "cuda" else 16)
+        _fill(model, ids[:, :warm], counts.clamp(max=warm), 0, prefill_chunk)
         begin = _now(device)
-        logits, state = _prefill(model, prompts, new_tokens, PREFILL_CHUNK)
-        filled = _now(device)
-        for _ in range(new_tokens):
-            logits, state = model.step(logits.argmax(-1), state)
-        done = _now(device)
+        _, state = _fill(model, ids, counts, new_tokens + _UNCOUNTED, prefill_chunk)
+        prefill_s = _now(device) - begin
+        times = time_steps(model, state, new_tokens, cuda_graph=cuda_graph, state_dtype=state_dtype)
     finally:
         model.train(was_training)
-    step_s = (done - filled) / new_tokens
+    return {"prompt_len": prompt_len, "prefill_s": prefill_s, **times}
+
+
+_UNCOUNTED = 2
+"""Steps before the first that counts: one warms up, the next captures a graph."""
+
+
+@torch.no_grad()
+def time_steps(
+    model: Model,
+    state: ModelState,
+    new_tokens: int,
+    *,
+    cuda_graph: bool | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Seconds of greedy steps from `state`, which is consumed and needs room for two more than `new_tokens`.
+
+    begin_s (until the first step that counts: constants, warm-up, capture), step_s (one step of the whole batch),
+    tokens_per_s (of the steps, all rows together), state_bytes (of the whole batch at the end), step_bytes (weights and
+    states that a step has to read and write, on average).
+    """
+    device, batch = state.position.device, len(state.position)
+    begin = _now(device)
+    stepper = model.stepper(state_dtype)
+    state = stepper.begin(state)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+    step: GraphedDecode | _Steps
+    if _with_graph(model, cuda_graph):
+        step = GraphedDecode(stepper, state, tokens, lambda logits: logits.argmax(-1))
+    else:
+        step = _Steps(stepper, state, tokens)
+    for _ in range(_UNCOUNTED):
+        step()
+    first = _now(device)
+    for _ in range(new_tokens):
+        step()
+    step_s = (_now(device) - first) / new_tokens
+    half_way = dataclasses.replace(step.state, position=step.state.position - new_tokens // 2)
     return {
-        "prompt_len": prompt_len,
         "new_tokens": new_tokens,
         "batch": batch,
-        "prefill_s": filled - begin,
+        "begin_s": first - begin,
         "step_s": step_s,
         "tokens_per_s": batch / step_s,
-        "state_bytes": state.nbytes,
+        "state_bytes": step.state.nbytes,
+        "step_bytes": _weight_bytes(model) + stepper.traffic(half_way),
     }
+
+
+class _Steps:
+    """Greedy steps launched kernel by kernel."""
+
+    def __init__(self, stepper: ModelStepper, state: ModelState, tokens: Tensor) -> None:
+        self.stepper, self.state, self.tokens = stepper, state, tokens
+
+    def __call__(self) -> None:
+        logits, self.state = self.stepper.step(self.tokens, self.state)
+        self.tokens = logits.argmax(-1)
+
+
+def _weight_bytes(model: Model) -> int:
+    """Bytes of the weights that every step reads: all but the rows of an embedding that no token asks for."""
+    looked_up = {id(weight) for weight in model.embed.parameters()}
+    read: dict[int, Tensor] = {id(weight): weight for weight in model.parameters() if id(weight) not in looked_up}
+    table = getattr(model.readout, "weight", None)
+    if isinstance(table, Tensor):
+        read[id(table)] = table
+    return sum(weight.nbytes for weight in read.values())
 
 
 def _now(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Generation: what is drawn, from which prompts, in which chunks, and where it stops."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
-from hippodrome.generation import Sampling, generate, probabilities, stream, stream_text, time_generation
+from hippodrome.generation import Sampling, generate, probabilities, stream, stream_text, time_generation, time_steps
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
+from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, Model, ModelConfig
+from hippodrome.ops._op import use_backend
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm
@@ -26,6 +29,8 @@ MIXERS = {
     "window": (Attention.Config(n_head=2, pattern=Window(size=5)), Attention.Config(n_head=2)),
     "h3": (H3.Config(d_state=8), H3.Config(d_state=8)),
     "hybrid": (H3.Config(d_state=8), Attention.Config(n_head=2)),
+    "heads of h3": (H3.Config(d_state=8, head_dim=4), H3.Config(d_state=8, use_shift=False)),
+    "grouped rotary": (Attention.Config(n_head=4, n_kv_head=2, rotary_dim=4), SSM.Config()),
 }
 
 
@@ -65,6 +70,12 @@ class Script(nn.Module):
 
     def prefill(self, inputs: Tensor, state: Place, *, lengths: Tensor | None = None) -> tuple[Tensor, Place]:
         return self.say(state), Place(state.at + 1)
+
+    def stepper(self, state_dtype: torch.dtype | None = None) -> "Script":
+        return self
+
+    def begin(self, state: Place) -> Place:
+        return state
 
     def step(self, inputs: Tensor, state: Place) -> tuple[Tensor, Place]:
         return self.say(state), Place(state.at + 1)
@@ -382,3 +393,165 @@ def test_times_are_those_of_the_batch():
     times = time_generation(build("h3"), 5, 3, batch=2)
     assert times["tokens_per_s"] == pytest.approx(2 / times["step_s"])
     assert times["prefill_s"] > 0
+    assert times["begin_s"] > 0
+
+
+def test_the_bytes_of_a_step_are_its_weights_and_what_its_states_move():
+    """The tied table is read by the readout; keys and values as far as filled; H3's ring once, its modes read and written."""
+    model = build("h3")
+    weights = sum(p.nbytes for p in model.parameters())
+    rings, modes = 2 * 3 * 8 * 16 * 4, 2 * 3 * 16 * 4 * 8
+    assert time_generation(model, 50, 4, batch=3)["step_bytes"] == weights + rings + 2 * modes
+    model = build("attention")
+    weights = sum(p.nbytes for p in model.parameters())
+    filled = 50 + 2 + 4 // 2
+    assert time_generation(model, 50, 4, batch=3)["step_bytes"] == weights + 2 * 2 * 3 * 16 * filled * 4
+
+
+# Steps as one graph
+
+
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: operations noted once and run again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.fresh = [], True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        if self.fresh:  # the capture ran already, as one on a GPU does not
+            self.fresh = False
+            return
+        for func, args, kwargs, held in self.calls:
+            out = func(*args, **kwargs)
+            pairs = zip(held, out, strict=True) if isinstance(held, (tuple, list)) else [(held, out)]
+            for old, new in pairs:
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class NoEvent:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Tape)
+    monkeypatch.setattr("torch.cuda.graph", lambda tape: tape)
+    monkeypatch.setattr("torch.cuda.Event", NoEvent)
+    monkeypatch.setattr("hippodrome.generation._with_graph", lambda model, wanted: bool(wanted))
+    # The CPU's own backends look at positions on the host, which no graph may.
+    with use_backend("reference"):
+        yield
+
+
+WAYS_TO_DRAW = {
+    "greedy": Sampling(temperature=0),
+    "sampled": Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=7),
+    "penalised": Sampling(temperature=0, repetition_penalty=1.2),
+}
+
+
+def answers(model, **options):
+    """Of four ragged prompts, the first of which stops early."""
+    g = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(VOCAB, (n,), generator=g).tolist() for n in (11, 1, 4, 9)]
+    stop = generate(model, prompts, 6, vocab_size=VOCAB - 2, **options)[0][-1]
+    rows = generate(model, prompts, 20, stop_ids=[stop], vocab_size=VOCAB - 2, **options)
+    assert len(rows[0]) < 6
+    return rows
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+def test_a_graph_writes_what_the_steps_write(kind, way, graphs_on_the_cpu):
+    """Rows that stop early are computed on beside the others."""
+    model, sampling = build(kind), WAYS_TO_DRAW[way]
+    plain = answers(model, sampling=sampling)
+    assert answers(model, sampling=sampling, cuda_graph=True) == plain
+
+
+def test_a_graph_names_weights_that_are_not_finite(graphs_on_the_cpu):
+    model = build("hybrid")
+    with torch.no_grad():
+        next(model.blocks.parameters()).fill_(math.nan)
+    with pytest.raises(BadInput, match="finite"):
+        generate(model, [[1]], 3, sampling=Sampling(temperature=0), cuda_graph=True)
+
+
+def test_a_graph_of_a_growing_state_is_refused(graphs_on_the_cpu):
+    model = build("attention").eval()
+    with torch.no_grad():
+        _, state = model.prefill(torch.tensor([[1, 2]]), model.init_state(1))
+    with pytest.raises(BadInput, match="fixed max_len"):
+        time_steps(model, state, 2, cuda_graph=True)
+
+
+def test_a_graph_needs_a_gpu_and_a_state_a_dtype_of_numbers():
+    model = build("hybrid")
+    with pytest.raises(BadInput, match="not on a CUDA device"):
+        stream(model, [[1]], 3, cuda_graph=True)
+    with pytest.raises(BadInput, match=r"torch\.int8"):
+        stream(model, [[1]], 3, state_dtype=torch.int8)
+
+
+def test_states_stored_in_half_precision_are_half_as_large():
+    model = build("h3")
+    whole, half = (time_generation(model, 9, 2, state_dtype=dtype)["state_bytes"] for dtype in (None, torch.bfloat16))
+    modes = 2 * 16 * 4 * 8
+    assert whole - half == modes // 2
+    assert len(generate(model, [[1, 2]], 5, state_dtype=torch.bfloat16)[0]) == 5
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+def test_on_a_gpu_a_graph_writes_what_the_steps_write(kind, dtype, way):
+    model, sampling = build(kind).to("cuda", dtype), WAYS_TO_DRAW[way]
+    plain = answers(model, sampling=sampling, cuda_graph=False)
+    assert answers(model, sampling=sampling) == plain
+    if dtype == torch.float32:
+        assert answers(build(kind), sampling=sampling) == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_on_a_gpu_a_stepper_gives_the_steps_and_never_waits(kind, dtype, tolerance):
+    model = build(kind).to("cuda", dtype).eval()
+    ids = torch.randint(VOCAB, (3, 30), device="cuda")
+    with torch.no_grad():
+        _, state = model.prefill(ids[:, :20], model.init_state(3, 40), lengths=torch.tensor([20, 3, 9], device="cuda"))
+        stepper, plain = model.stepper(), state.clone()
+        state = stepper.begin(state)
+        for t in range(20, 30):
+            wanted, plain = model.step(ids[:, t], plain)
+            with contextlib.ExitStack() as waiting:
+                if t > 20:
+                    torch.cuda.set_sync_debug_mode("error")
+                    waiting.callback(torch.cuda.set_sync_debug_mode, "default")
+                logits, state = stepper.step(ids[:, t], state)
+            assert (logits - wanted).norm() < tolerance * wanted.norm()
+        again, wanted = model(ids[:, :9], stepper.end(state)).logits, model(ids[:, :9], plain).logits
+    assert (again - wanted).norm() < tolerance * wanted.norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_times_are_of_the_graph():
+    model = build("hybrid").cuda()
+    graph, eager = (time_generation(model, 50, 50, batch=2, cuda_graph=graph) for graph in (None, False))
+    assert graph["step_s"] < eager["step_s"]
+    assert graph["step_bytes"] == eager["step_bytes"]
