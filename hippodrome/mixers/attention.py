@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hippodrome.model import Mixer, Stepper
 from hippodrome.ops.attention import attention
-from hippodrome.ops.attention_step import attention_step
+from hippodrome.ops.attention_step import attention_step, turn
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern, Window
 from hippodrome.state import State
@@ -87,14 +87,13 @@ def rotate(x: Tensor, position: Tensor, dim: int, base: float) -> Tensor:
 
     Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim).
     """
+    return turn(x, position[:, None, :, None] * frequencies(dim, base, x.device))
+
+
+def frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+    """Radians that each of dim / 2 pairs turns by from one position to the next, fp32."""
     half = dim // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angle = position[:, None, :, None].float() * frequency
-    cos, sin = angle.cos(), angle.sin()
-    real = torch.promote_types(x.dtype, torch.float32)
-    a, b = x[..., :half].to(real), x[..., half:dim].to(real)
-    turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
-    return torch.cat([turned, x[..., dim:]], -1)
+    return base ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
 
 
 class Attention(Mixer[AttentionState]):
@@ -224,6 +223,11 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     mixer: Attention
 
+    def __init__(self, mixer: Attention) -> None:
+        super().__init__(mixer)
+        dim, base = mixer.config.rotary_dim, mixer.config.rotary_base
+        self._frequency = frequencies(dim, base, mixer.Wqkv.weight.device) if dim else None
+
     def begin(self, state: AttentionState, position: Tensor) -> State:
         return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
 
@@ -232,12 +236,10 @@ class _AttentionStepper(Stepper[AttentionState]):
             return super().step(x, state, position)
         if position.device.type == "cpu" and not torch.compiler.is_compiling() and not state.wraps:
             _check_room(int(position.max()) + 1, state.k.shape[2])
-        mixer, config = self.mixer, self.mixer.config
+        mixer = self.mixer
         sizes = [n * mixer.d_head for n in (mixer.n_head, mixer.n_kv, mixer.n_kv)]
         q, k, v = (t.unflatten(-1, (-1, mixer.d_head)) for t in mixer.Wqkv(x).split(sizes, -1))
-        if config.rotary_dim:
-            q, k = (rotate(t[:, :, None], position[:, None], config.rotary_dim, config.rotary_base)[:, :, 0] for t in (q, k))
-        y, keys, values = attention_step(q, k, v, state.k, state.v, position)
+        y, keys, values = attention_step(q, k, v, state.k, state.v, position, self._frequency)
         return mixer.out_proj(y.flatten(1)), _AttentionStepState(keys, values, state.wraps)
 
     def end(self, state: State, position: Tensor) -> AttentionState:

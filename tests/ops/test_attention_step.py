@@ -23,6 +23,8 @@ SHAPES = [
     (3, 6, 2, 32, 150, 64),
     (3, 2, 2, 32, 1, 1),
 ]
+FREQUENCY = torch.tensor([0.9, 0.4, 0.02])
+"""Of six channels that turn; the others of a head do not."""
 
 
 def inputs(batch, heads, groups, width, slots, dtype=torch.float32, device="cpu", seed=0):
@@ -51,6 +53,22 @@ def test_equals_attention_written_plainly(backend):
             assert_close(y[b, h], (weights / weights.sum()) @ values[b, h // 2, shown], 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_queries_and_keys_turn_with_their_position(backend):
+    """Channels j and j + R as a complex number times exp(i position frequency_j); only the turned key is remembered."""
+    q, k, v, keys, values, position = inputs(3, 4, 2, 8, 7)
+
+    def turned(x):
+        z = torch.complex(x[..., :3], x[..., 3:6]) * torch.polar(torch.ones(1), position[:, None, None] * FREQUENCY)
+        return torch.cat([z.real, z.imag, x[..., 6:]], -1)
+
+    with use_backend(backend), torch.no_grad():
+        wanted = attention_step(turned(q), turned(k), v, keys.clone(), values.clone(), position)
+        found = attention_step(q, k, v, keys, values, position, FREQUENCY)
+    for got, expected in zip(found, wanted, strict=True):
+        assert_close(got, expected, 1e-6)
+
+
 def test_slots_hold_the_newest_positions():
     assert slot_positions(torch.tensor([1, 6]), 4).tolist() == [[0, 1, -2, -1], [4, 5, 6, 3]]
 
@@ -76,7 +94,7 @@ def test_the_op_says_why_not():
 INTERPRETED = """
     import torch
     from hippodrome.ops.attention_step import _kernels, attention_step
-    from tests.ops.test_attention_step import SHAPES, inputs
+    from tests.ops.test_attention_step import FREQUENCY, SHAPES, inputs
     from tests.support import assert_close
 
     _kernels._LEAST, _kernels._TILE, _kernels._GROUP_TILE = 16, 512, 512
@@ -84,9 +102,10 @@ INTERPRETED = """
     for dtype in (torch.float32, torch.float16):
         for *shape, programs in SHAPES:
             given = inputs(*shape, dtype)
-            wanted = attention_step.reference(*given)
+            turning = FREQUENCY if shape[1] == 4 else None
+            wanted = attention_step.reference(*given, turning)
             q, k, v, keys, values, position = given
-            y = _kernels.launch(q, k, v, keys, values, position, q.shape[2] ** -0.5, programs)
+            y = _kernels.launch(q, k, v, keys, values, position, turning, q.shape[2] ** -0.5, programs)
             for found, expected in zip((y, keys, values), wanted, strict=True):
                 assert_close(found.float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-3)
 """
@@ -114,13 +133,15 @@ def test_the_kernels_equal_the_reference_in_the_interpreter():
         (3, 2, 2, 256, 300),
     ],
 )
-def test_the_kernels_equal_the_reference_on_the_device(shape, dtype):
+@pytest.mark.parametrize("turning", [False, True])
+def test_the_kernels_equal_the_reference_on_the_device(shape, dtype, turning):
+    frequency = FREQUENCY.cuda() if turning else None
     given = inputs(*shape, dtype, "cuda")
     exact = [t.double() if t.is_floating_point() else t for t in given]
     with torch.no_grad():
-        wanted = attention_step.reference(*exact)
+        wanted = attention_step.reference(*exact, frequency)
         with use_backend("triton"):
-            found = attention_step(*given)
+            found = attention_step(*given, frequency)
     for got, expected in zip(found, wanted, strict=True):
         assert_close(got.double(), expected, {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype])
     assert found[1].data_ptr() == given[3].data_ptr()

@@ -23,15 +23,18 @@ def attention_step(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    frequency: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, H, K) in q's dtype, and keys and values with the token's own among them.
 
     q (B, H, K), k, v (B, G, K) of the token at `position` (B,) int64, H a multiple of G; keys, values (B, G, S, K), in any
-    real dtype, are consumed: backends write them in place where no gradient is wanted. `scale` is 1/sqrt(K) by default.
-    Scores and softmax are at least float32.
+    real dtype, are consumed: backends write them in place where no gradient is wanted. `frequency` (R,): q and k first turn by
+    position times frequency, as in `turn`. `scale` is 1/sqrt(K) by default. Scores and softmax are at least float32.
     """
+    if frequency is not None:
+        q, k = (turn(x, position[:, None, None] * frequency) for x in (q, k))
     slot = (position % keys.shape[2])[:, None, None, None].expand(*k.shape[:2], 1, k.shape[2])
     keys = keys.scatter(2, slot, k.to(keys.dtype)[:, :, None])
     values = values.scatter(2, slot, v.to(values.dtype)[:, :, None])
@@ -45,6 +48,19 @@ def attention_step(
         scale=scale,
     )
     return y.squeeze(2), keys, values
+
+
+def turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotary embedding: the first 2R channels of x (..., K), half-split pairs, turned by `angle` (..., R), at least float32.
+
+    Channel j < R turns with j + R. Computed in at least float32, returned in x's dtype.
+    """
+    half = angle.shape[-1]
+    cos, sin = angle.cos(), angle.sin()
+    real = torch.promote_types(x.dtype, torch.float32)
+    a, b = x[..., :half].to(real), x[..., half : 2 * half].to(real)
+    turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    return torch.cat([turned, x[..., 2 * half :]], -1)
 
 
 def slot_positions(newest: Tensor, slots: int) -> Tensor:

@@ -16,10 +16,27 @@ _LEAST = 128
 
 
 @triton.jit
-def _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K: tl.constexpr, c, writes):
-    """The new key and value as they are stored, float32; stored by the one program that `writes`."""
+def _turns(frequency, at, c, HALF: tl.constexpr):
+    """For each channel the one it turns with, and what both count: x cos + partner sin."""
+    partner = c
+    cos = tl.full(c.shape, 1.0, tl.float32)
+    sin = tl.zeros(c.shape, tl.float32)
+    if HALF > 0:
+        turns = c < 2 * HALF
+        partner = tl.where(c < HALF, c + HALF, tl.where(turns, c - HALF, c))
+        angle = at.to(tl.float32) * tl.load(frequency + c % HALF, turns, 0.0)
+        cos = tl.cos(angle)
+        sin = tl.where(c < HALF, -tl.sin(angle), tl.sin(angle))
+    return partner, cos, sin
+
+
+@triton.jit
+def _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K: tl.constexpr, c, partner, cos, sin, writes):
+    """The new key, turned, and value as they are stored, float32; stored by the one program that `writes`."""
     c_real = c < K
-    key = tl.load(k + row_64 * k_row + group * K + c, c_real, 0.0).to(keys.dtype.element_ty)
+    at = k + row_64 * k_row + group * K
+    key = tl.load(at + c, c_real, 0.0).to(tl.float32) * cos + tl.load(at + partner, c_real, 0.0).to(tl.float32) * sin
+    key = key.to(keys.dtype.element_ty)
     value = tl.load(v + row_64 * v_row + group * K + c, c_real, 0.0).to(values.dtype.element_ty)
     tl.store(keys + keys_at + newest * K + c, key, c_real & writes)
     tl.store(values + keys_at + newest * K + c, value, c_real & writes)
@@ -34,6 +51,7 @@ def _attend_one(
     keys,
     values,
     position,
+    frequency,
     y,
     parts,
     scale,
@@ -48,6 +66,7 @@ def _attend_one(
     K_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     SHARES: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """One query a head of keys (R = 1). Every lane of a tile has its own softmax, and they meet at the end."""
     pair = tl.program_id(0)
@@ -64,7 +83,10 @@ def _attend_one(
     c = tl.arange(0, K_BLOCK)
     c_real = c < K
     lane = tl.arange(0, SLOTS)
-    query = tl.load(q + row_64 * q_row + group * K + c, c_real, 0.0).to(tl.float32) * scale
+    partner, cos, sin = _turns(frequency, at, c, HALF)
+    queries = q + row_64 * q_row + group * K
+    query = tl.load(queries + c, c_real, 0.0).to(tl.float32) * cos
+    query = (query + tl.load(queries + partner, c_real, 0.0).to(tl.float32) * sin) * scale
 
     top = tl.full((SLOTS,), -1e30, tl.float32)
     total = tl.zeros((SLOTS,), tl.float32)
@@ -86,7 +108,7 @@ def _attend_one(
         top = higher
 
     mine = share == SHARES - 1
-    key, value = _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K, c, mine)
+    key, value = _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K, c, partner, cos, sin, mine)
     score = tl.where(mine, tl.sum(key * query, 0), -float("inf"))
     highest = tl.maximum(tl.max(top, 0), score)
     shrink = tl.exp2(top - highest)
@@ -110,6 +132,7 @@ def _attend_group(
     keys,
     values,
     position,
+    frequency,
     y,
     parts,
     scale,
@@ -124,6 +147,7 @@ def _attend_group(
     K_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     SHARES: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """R queries share a head of keys: matrix products, padded to the 16 rows that the tensor cores need."""
     pair = tl.program_id(0)
@@ -142,7 +166,10 @@ def _attend_group(
     lane = tl.arange(0, SLOTS)
     r = tl.arange(0, R_BLOCK)
     rows_real = (r < R)[:, None] & c_real[None, :]
-    query = tl.load(q + row_64 * q_row + (group * R + r)[:, None] * K + c[None, :], rows_real, 0.0)
+    partner, cos, sin = _turns(frequency, at, c, HALF)
+    queries = q + row_64 * q_row + (group * R + r)[:, None] * K
+    query = tl.load(queries + c[None, :], rows_real, 0.0).to(tl.float32) * cos[None, :]
+    query += tl.load(queries + partner[None, :], rows_real, 0.0).to(tl.float32) * sin[None, :]
     query = query.to(keys.dtype.element_ty)
 
     top = tl.full((R_BLOCK,), -1e30, tl.float32)
@@ -164,7 +191,7 @@ def _attend_group(
         top = higher
 
     mine = share == SHARES - 1
-    key, value = _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K, c, mine)
+    key, value = _own_token(k, v, keys, values, keys_at, row_64, group, newest, k_row, v_row, K, c, partner, cos, sin, mine)
     score = tl.where(mine, tl.sum(key[None, :] * query.to(tl.float32), 1) * scale, -float("inf"))
     highest = tl.maximum(top, score)
     shrink = tl.exp2(top - highest)
@@ -197,7 +224,15 @@ def _merge(parts, y, K: tl.constexpr, K_BLOCK: tl.constexpr, SHARES: tl.constexp
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float, programs: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    frequency: Tensor | None,
+    scale: float,
+    programs: int,
 ) -> Tensor:
     """Writes k and v into keys and values; returns y (B, H, K). A head's slots are shared among up to `programs` in all."""
     (batch, heads, width), (_, groups, slots, _) = q.shape, keys.shape
@@ -217,6 +252,7 @@ def launch(
         keys,
         values,
         position,
+        position if frequency is None else frequency,
         y,
         parts,
         scale * math.log2(math.e),
@@ -231,6 +267,7 @@ def launch(
         K_BLOCK=k_block,
         SLOTS=tile,
         SHARES=shares,
+        HALF=0 if frequency is None else len(frequency),
         num_warps=4,
     )
     if shares > 1:

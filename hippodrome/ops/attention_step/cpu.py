@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hippodrome.ops.attention_step import attention_step, slot_positions
+from hippodrome.ops.attention_step import attention_step, slot_positions, turn
 
 
 def _why_not(q: Tensor, *_: object, **__: object) -> str | None:
@@ -23,9 +23,12 @@ def _cpu(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    frequency: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if frequency is not None:
+        q, k = (turn(x, position[:, None, None] * frequency) for x in (q, k))
     slots = keys.shape[2]
     slot = (position % slots)[:, None, None, None].expand(*k.shape[:2], 1, k.shape[2])
     put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_

@@ -15,7 +15,15 @@ MOST_WIDTH = 256
 
 
 def _why_not(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    frequency: Tensor | None = None,
+    *,
+    scale: float | None = None,
 ) -> str | None:
     if not q.is_cuda:
         return f"the tensors are on {q.device.type}"
@@ -41,21 +49,30 @@ def _triton(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    frequency: Tensor | None = None,
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return torch.ops.hippodrome.attention_step_in_place(q, k, v, keys, values, position, scale), keys, values
+    y = torch.ops.hippodrome.attention_step_in_place(q, k, v, keys, values, position, frequency, scale)
+    return y, keys, values
 
 
 @torch.library.custom_op("hippodrome::attention_step_in_place", mutates_args=("keys", "values"))
 def _attention_step_in_place(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    frequency: Tensor | None,
+    scale: float,
 ) -> Tensor:
     from hippodrome.ops.attention_step import _kernels
 
     programs = 4 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return _kernels.launch(q, k, v, keys, values, position, scale, programs)
+    return _kernels.launch(q, k, v, keys, values, position, frequency, scale, programs)
 
 
 @_attention_step_in_place.register_fake
