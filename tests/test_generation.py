@@ -461,10 +461,12 @@ WAYS_TO_DRAW = {
 }
 
 
-def answers(model, **options):
-    """Of four ragged prompts, the first of which stops early."""
+def answers(model, stops=True, **options):
+    """Of four ragged prompts, the first of which stops early if any does."""
     g = torch.Generator().manual_seed(3)
     prompts = [torch.randint(VOCAB, (n,), generator=g).tolist() for n in (11, 1, 4, 9)]
+    if not stops:
+        return generate(model, prompts, 20, vocab_size=VOCAB - 2, **options)
     stop = generate(model, prompts, 6, vocab_size=VOCAB - 2, **options)[0][-1]
     rows = generate(model, prompts, 20, stop_ids=[stop], vocab_size=VOCAB - 2, **options)
     assert len(rows[0]) < 6
@@ -520,10 +522,11 @@ def test_states_stored_in_half_precision_are_half_as_large():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS_TO_DRAW)
 def test_on_a_gpu_a_graph_writes_what_the_steps_write(kind, dtype, way):
-    model, sampling = build(kind).to("cuda", dtype), WAYS_TO_DRAW[way]
-    plain = answers(model, sampling=sampling, cuda_graph=False)
-    assert answers(model, sampling=sampling) == plain
-    if dtype == torch.float32:
+    model, sampling, exact = build(kind).to("cuda", dtype), WAYS_TO_DRAW[way], dtype == torch.float32
+    # Where rows stop the plain batch shrinks, and its products round otherwise.
+    plain = answers(model, exact, sampling=sampling, cuda_graph=False)
+    assert answers(model, exact, sampling=sampling) == plain
+    if exact:
         assert answers(build(kind), sampling=sampling) == plain
 
 

@@ -159,3 +159,10 @@ def test_slots_that_are_not_filled_are_not_read():
         with torch.no_grad(), use_backend("triton"):
             y, _, _ = attention_step(*given)
         assert torch.isfinite(y).all()
+
+
+@pytest.mark.gpu
+def test_the_leaf_is_a_good_citizen_of_torch():
+    args = (*inputs(3, 4, 2, 16, 40, torch.bfloat16, "cuda"), FREQUENCY.cuda(), 0.25)
+    leaf = torch.ops.hippodrome.attention_step_in_place.default
+    torch.library.opcheck(leaf, args, test_utils=("test_schema", "test_faketensor"))

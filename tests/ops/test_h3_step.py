@@ -156,3 +156,12 @@ def test_the_kernel_refuses_where_a_gradient_is_wanted():
     assert "gradient" in h3_step.explain(*given)["triton"]
     h3_step(*given)[0].sum().backward()
     assert given[0].grad is not None
+
+
+@pytest.mark.gpu
+def test_the_leaf_is_a_good_citizen_of_torch():
+    q, k, v, taps, modes, weights, *rest = inputs(3, 5, 2, 4, 8, torch.bfloat16, device="cuda")
+    pairs = torch.view_as_real(modes), torch.view_as_real(weights)
+    args = (q, k, v, taps, *pairs, *rest)
+    leaf = torch.ops.hippodrome.h3_step_in_place.default
+    torch.library.opcheck(leaf, args, test_utils=("test_schema", "test_faketensor"))
