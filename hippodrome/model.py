@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hippodrome.ops.add_norm import add_norm
 from hippodrome.part import BadInput, Part
 from hippodrome.state import State
 from hippodrome.task import Batch
@@ -165,6 +166,16 @@ def _norm(kind: str, d_model: int) -> nn.Module:
     return nn.LayerNorm(d_model) if kind == "layer" else nn.RMSNorm(d_model, eps=1e-6)
 
 
+def _added(x: Tensor, delta: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + delta (B, D) and its norm, in one go; delta None: nothing is added."""
+    if delta is None:
+        return x, norm(x)
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    assert norm.eps is not None
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    return add_norm(x, delta, norm.weight, bias, norm.eps, centred=isinstance(norm, nn.LayerNorm))
+
+
 class Block(nn.Module):
     """A pre-norm residual unit: mixer, then channel mixer."""
 
@@ -181,11 +192,17 @@ class Block(nn.Module):
         x, aux = self._mix_channels(x + self.dropout(mixed))
         return x, after, aux
 
-    def step(self, x: Tensor, state: State, position: Tensor, stepper: Stepper[Any]) -> tuple[Tensor, State]:
-        """One token: x (B, D)."""
-        mixed, after = stepper.step(self.mixer_norm(x), state, position)
-        x, _ = self._mix_channels(x + self.dropout(mixed))
-        return x, after
+    def step(
+        self, x: Tensor, delta: Tensor | None, state: State, position: Tensor, stepper: Stepper[Any]
+    ) -> tuple[Tensor, Tensor, State]:
+        """One token: x (B, D) and what is still to be added to it -> the same after the block, and the state."""
+        x, normed = _added(x, delta, self.mixer_norm)
+        mixed, after = stepper.step(normed, state, position)
+        delta = self.dropout(mixed)
+        if self.channel is not None and self.channel_norm is not None:
+            x, normed = _added(x, delta, self.channel_norm)
+            delta = self.dropout(self.channel(normed)[0])
+        return x, delta, after
 
     def _mix_channels(self, x: Tensor) -> tuple[Tensor, Aux]:
         if self.channel is None or self.channel_norm is None:
@@ -342,12 +359,13 @@ class ModelStepper:
 
     def step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token a row: ids (B,) or signals (B, C) -> logits (B, V) and the next state."""
-        model, after = self.model, []
+        model, after, delta = self.model, [], None
         x = model.embed(inputs.unsqueeze(1), state.position).squeeze(1)
         for block, mixer, before in zip(model.blocks, self.mixers, state.blocks, strict=True):
-            x, block_state = cast(Block, block).step(x, before, state.position, mixer)
+            x, delta, block_state = cast(Block, block).step(x, delta, before, state.position, mixer)
             after.append(block_state)
-        logits = model.readout(model.final_norm(x).unsqueeze(1)).squeeze(1)
+        _, normed = _added(x, delta, model.final_norm)
+        logits = model.readout(normed.unsqueeze(1)).squeeze(1)
         return logits, ModelState(state.position + 1, tuple(after))
 
     def end(self, state: ModelState) -> ModelState:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hippodrome.ops
 from hippodrome.ops._op import Op, use_backend
+from hippodrome.ops.add_norm import add_norm
 from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step
 from hippodrome.ops.cross_entropy import IGNORE, cross_entropy
@@ -89,7 +90,15 @@ def h3_step_case(length, dtype, seed=0):
     return lambda **given: h3_step(*(given[name] for name in order), position, given["state"]), inputs
 
 
+def add_norm_case(length, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, delta = draw(g, dtype, 2, length, 6)
+    weight, bias = draw(g, dtype, 2, 6)
+    return lambda **inputs: add_norm(**inputs, eps=1e-5), {"x": x, "delta": delta, "weight": weight, "bias": bias}
+
+
 CASES = {
+    "add_norm": (add_norm, add_norm_case),
     "diagonal_ssm": (diagonal_ssm, ssm_case),
     "long_conv": (long_conv, conv_case),
     "attention": (attention, attention_case),
