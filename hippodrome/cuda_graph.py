@@ -95,6 +95,10 @@ class GraphedDecode:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Logits (B, V) after `tokens`; the next call overwrites them."""
+        with torch.cuda.device_of(self.tokens):
+            return self._next()
+
+    def _next(self) -> Tensor:
         if not self._warm:
             self._warm = True
             return self._step()

@@ -341,7 +341,7 @@ class _GreedyGraphDecoder(_Decoder):
     def draw(self) -> list[int]:
         self.read.copy_(self.said, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(self.said.device))
         if self.steps:
             self.steps -= 1
             self.graph()

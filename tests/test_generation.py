@@ -436,7 +436,7 @@ class Tape(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 class NoEvent:
-    def record(self):
+    def record(self, stream):
         pass
 
     def synchronize(self):
@@ -448,6 +448,7 @@ def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.CUDAGraph", Tape)
     monkeypatch.setattr("torch.cuda.graph", lambda tape: tape)
     monkeypatch.setattr("torch.cuda.Event", NoEvent)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     monkeypatch.setattr("hippodrome.generation._with_graph", lambda model, wanted: bool(wanted))
     # The CPU's own backends look at positions on the host, which no graph may.
     with use_backend("reference"):

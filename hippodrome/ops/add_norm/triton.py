@@ -40,7 +40,8 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     from hippodrome.ops.add_norm import _kernels
 
-    return _kernels.launch(x, delta, weight, bias, eps, centred)
+    with torch.cuda.device_of(x):
+        return _kernels.launch(x, delta, weight, bias, eps, centred)
 
 
 @_add_norm.register_fake

@@ -72,7 +72,8 @@ def _attention_step_in_place(
     from hippodrome.ops.attention_step import _kernels
 
     programs = 4 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return _kernels.launch(q, k, v, keys, values, position, frequency, scale, programs)
+    with torch.cuda.device_of(q):
+        return _kernels.launch(q, k, v, keys, values, position, frequency, scale, programs)
 
 
 @_attention_step_in_place.register_fake

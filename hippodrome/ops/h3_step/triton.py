@@ -60,7 +60,8 @@ def _h3_step_in_place(
     from hippodrome.ops.h3_step import _kernels
 
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return _kernels.launch(q, k, v, taps, modes, weights, skip, ring, position, state, processors)
+    with torch.cuda.device_of(q):
+        return _kernels.launch(q, k, v, taps, modes, weights, skip, ring, position, state, processors)
 
 
 @_h3_step_in_place.register_fake
