@@ -216,21 +216,24 @@ def test_memory_is_outputs_and_gradients_and_little_else(batch, monkeypatch):
         assert leaves[0].nbytes < peak_bytes(lambda: torch.autograd.grad(y, leaves, grad)) < 1.5 * leaves[0].nbytes
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_million_tokens_forward_take_less_than_a_gigabyte_above_their_input():
-    """The peak of the process, in one of its own, at 64 channels."""
+    """The peak of the process, in one of its own, over what it holds before, at 64 channels."""
     script = """
 import resource, torch
 from hippodrome.ops.diagonal_ssm import diagonal_ssm
 torch.set_num_threads(1)
-u, modes = torch.randn(1, 64, 1 << 20), torch.complex(-torch.rand(64, 32), torch.randn(64, 32))
+u, modes = torch.zeros(1, 64, 1 << 20), torch.complex(-torch.rand(64, 32), torch.randn(64, 32))
+u[..., ::1000] = 1
 with torch.no_grad():
     diagonal_ssm(u[..., :4096], modes, modes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    diagonal_ssm(u, modes, modes)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    y, _ = diagonal_ssm(u, modes, modes)
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, y.nbytes)
 """
-    kib = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
-    assert 1 << 18 <= kib + (1 << 12) < 1 << 20
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    taken, output = map(int, done.stdout.split())
+    assert 0.9 * output < taken < 1e9
 
 
 def test_flops_are_those_of_the_products():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hippodrome.ops.diagonal_ssm import diagonal_ssm
 
-CHUNKS = ((16_384, 64), (2_048, 32), (0, 16))
+CHUNKS = ((16_384, 64), (1_024, 32), (0, 16))
 """(tokens a channel, chunk): the length of chunks from so many tokens on, each the fastest there with 32 modes. A chunk of T
 makes tables of T (T + 4N) numbers a channel, L / T steps of recurrence, and T + 4N multiply-adds a token forward."""
 ROWS = 512
