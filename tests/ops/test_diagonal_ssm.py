@@ -267,3 +267,23 @@ def test_activation_checkpointing_gives_equal_gradients(backend):
     again = torch.autograd.grad(checkpoint(call, *leaves, use_reentrant=False), leaves)
     for found, expected in zip(again, plain, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_compiled_in_one_graph_of_any_length_the_gradients_are_the_same():
+    log_modes, weights = system()
+    skip, state = signals(1, CHANNELS)[0], torch.complex(*signals(2, 2, CHANNELS, MODES))
+
+    def call(u, log_modes, weights, skip, state):
+        with use_backend("cpu"):
+            return diagonal_ssm(u, log_modes, weights, skip=skip, state=state, return_state=True)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (130, 97, 2100):
+        u = signals(1, 2, CHANNELS, length)[0]
+        leaves = [t.clone().requires_grad_() for t in (u, log_modes, weights, skip, state)]
+        found = {}
+        for way in (call, compiled):
+            y, after = way(*leaves)
+            found[way] = [y, after, *torch.autograd.grad(y.square().sum() + after.abs().sum(), leaves)]
+        for ours, eager in zip(found[compiled], found[call], strict=True):
+            assert_close(ours, eager, 1e-12)
