@@ -1,7 +1,8 @@
 """Triton programs of `diagonal_ssm`: a state passed between chunks of T tokens, in T x T tensor-core products.
 
-A program owns one channel and R columns, each a chunk of T tokens of some sequence, so that all tiles are (T, R) or (modes, R). R holds
-Q sequences, or fewer sequences times G groups of successive chunks, times J chunks one after the other: column (j, g, b). With
+A program owns one channel and R columns, each a chunk of T tokens, so that all tiles are (T, R) or (modes, R). The columns are Q rows
+times J successive chunks of them. A row is a sequence or, where there are too few of those, one of `groups` pieces of `span` tokens:
+then a first pass finds what each piece adds to the state, a scan over the pieces where each begins, and all pieces run at once. With
 w = pre * FIR(u), z the state before a chunk and K the first T taps of the kernel, the skip in the first:
 
     y = post * (Toeplitz(K) w + lambda^(t+1) . weights z),      z' = lambda^T z + sum_s lambda^(T-1-s) w_s
@@ -10,10 +11,11 @@ The backward walks the chunks once forward, which leaves the states before them 
 
     dw = Toeplitz(K)^T dy' + conj(lambda^(T-1-s)) . g,      g' = conj(lambda^T) g + conj(weights) sum_t conj(lambda^(t+1)) dy'_t
 
-Why columns: the products leave a thread with columns 0, 1, 8, 9, 16, ... of its rows. The J chunks are the high bits of the column
-and the real and imaginary part of a mode lie eight rows apart, so the recurrence over them is arithmetic within a thread: no shuffle, no
-shared memory. Gradients of modes and weights are sums of elementwise products of states and adjoints and stay in registers; only the
-taps within a chunk and those of the FIR need T x T products, whose diagonals are summed at the end. No atomics.
+Why columns: the products leave a thread with columns 0, 1, 8, 9, 16, ... of its rows (of half of the columns where W = 2 groups of
+four warps share them). The J chunks are the high bits of the column and the real and imaginary part of a mode lie eight rows apart, so
+the recurrence over them is arithmetic within a thread: no shuffle, no shared memory. Gradients of modes and weights are sums of
+elementwise products of states and adjoints and stay in registers; only the taps within a chunk and those of the FIR need T x T
+products, whose diagonals are summed at the end. No atomics.
 """
 
 from __future__ import annotations
@@ -55,13 +57,13 @@ def _modes(log_modes, h, n, n_modes):
 
 @triton.jit
 def prepare(
-    log_modes, weights, skip, first, tables, decay, n_modes,
-    T: tl.constexpr, N: tl.constexpr, J: tl.constexpr, G: tl.constexpr, HAS_SKIP: tl.constexpr, BACKWARD: tl.constexpr,
+    log_modes, weights, skip, first, tables, decay, n_modes, span,
+    T: tl.constexpr, N: tl.constexpr, HAS_SKIP: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """The tables of a channel.
 
-    first (H, T) fp32: the taps of the kernel within a chunk. decay (H, G + 2, 4, N) fp32, high and low pairs: lambda^T, then
-    lambda^(T J g) for g = 0 ... G. tables (H, 2 or 4, 2N, T), in the dtype of products, a mode's real parts eight rows before its
+    first (H, T) fp32: the taps of the kernel within a chunk. decay (H, 2, 4, N) fp32: lambda^T and lambda^span, as high and low
+    pairs. tables (H, 2 or 4, 2N, T), in the dtype of products, a mode's real parts eight rows before its
     imaginary ones: lambda^(T-1-s), conj(lambda^(t+1)), and for the backward the same times their exponents.
     """
     h = tl.program_id(0).to(tl.int64)
@@ -100,10 +102,10 @@ def prepare(
         tl.store(place + 2 * size, (by * re).to(kind))
         tl.store(place + 2 * size + 8 * T, (-by * im).to(kind))
 
-    for g in tl.static_range(G + 2):
-        exponent = T * J * (g - 1) if g > 0 else T
+    for which in tl.static_range(2):
+        exponent = (span if which else T) + tl.zeros([N], tl.float64)
         re_high, im_high, re_low, im_low = _exact(log_re64, log_im64, exponent)
-        place = decay + (h * (G + 2) + g) * 4 * N + n
+        place = decay + (h * 2 + which) * 4 * N + n
         real = n < n_modes
         tl.store(place, tl.where(real, re_high, 0.0))
         tl.store(place + N, tl.where(real, im_high, 0.0))
@@ -176,63 +178,29 @@ def _chain(e_re, e_im, z_re, z_im, a_re, a_im, low_re, low_im, N: tl.constexpr, 
 
 
 @triton.jit
-def _sum_groups(by_re, by_im, x_re, x_im, N: tl.constexpr, G: tl.constexpr, Q: tl.constexpr):
-    """sum_g' by (N, G or 1, G') x (N, G' b) -> (N, Q), the same for all G where `by` has one row."""
-    x_re, x_im = tl.reshape(x_re, (N, 1, G, Q // G)), tl.reshape(x_im, (N, 1, G, Q // G))
-    re, im = _times(by_re[:, :, :, None], by_im[:, :, :, None], x_re, x_im)
-    shape: tl.constexpr = (N, G, Q // G)
-    re, im = tl.broadcast_to(tl.sum(re, 2), shape), tl.broadcast_to(tl.sum(im, 2), shape)
-    return tl.reshape(re, (N, Q)), tl.reshape(im, (N, Q))
-
-
-@triton.jit
-def _between(powers, i, j, n, sign, N: tl.constexpr):
-    """lambda^(T J (i - j)) (N, i, j) where i >= j, else zero; `sign` -1 conjugates."""
-    place = powers + (i - j)[None, :, :] * 4 * N + n[:, None, None]
-    ok = (i >= j)[None, :, :]
-    return tl.load(place, mask=ok, other=0.0), sign * tl.load(place + N, mask=ok, other=0.0)
-
-
-@triton.jit
 def _recur(
     e_re, e_im, z_re, z_im, decay, sign,
-    N: tl.constexpr, R: tl.constexpr, J: tl.constexpr, G: tl.constexpr, REVERSE: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, J: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """z -> lambda^T z + e along the G J chunks of every sequence: the z before each chunk (N, R) and the z after all (N, Q).
+    """z -> lambda^T z + e_j along the J chunks in the columns of e (N, R): the z before each, (N, R), and the z after all.
 
-    z (N, Q) is the same in all groups. REVERSE goes from the last chunk to the first; `sign` -1 takes conj(lambda).
+    z (N W, Q / W). REVERSE goes from the last chunk to the first; `sign` -1 takes conj(lambda).
     """
-    n = tl.arange(0, N)
-    Q: tl.constexpr = R // J
+    n = tl.arange(0, N * W) // W
     a_re, a_im = tl.load(decay + n)[:, None], sign * tl.load(decay + N + n)[:, None]
     low_re, low_im = tl.load(decay + 2 * N + n)[:, None], sign * tl.load(decay + 3 * N + n)[:, None]
-    if G == 1:
-        return _chain(e_re, e_im, z_re, z_im, a_re, a_im, low_re, low_im, N, R, J, REVERSE)
-    else:
-        # Every group from rest, then what the groups before owe to its start, then again from there.
-        rest = tl.zeros([N, Q], tl.float32)
-        _, _, own_re, own_im = _chain(e_re, e_im, rest, rest, a_re, a_im, low_re, low_im, N, R, J, REVERSE)
-        g = tl.arange(0, G)
-        powers = decay + 4 * N
-        if REVERSE:
-            to_start_re, to_start_im = _between(powers, g[None, :] - 1, g[:, None], n, sign, N)
-            to_end_re, to_end_im = _between(powers, g[None, :], g[None, :] * 0, n, sign, N)
-            ahead = G - 1 - g
-        else:
-            to_start_re, to_start_im = _between(powers, g[:, None] - 1, g[None, :], n, sign, N)
-            to_end_re, to_end_im = _between(powers, G - 1 - g[None, :], g[None, :] * 0, n, sign, N)
-            ahead = g
-        start_re, start_im = _sum_groups(to_start_re, to_start_im, own_re, own_im, N, G, Q)
-        end_re, end_im = _sum_groups(to_end_re, to_end_im, own_re, own_im, N, G, Q)
-        place = powers + tl.reshape(tl.broadcast_to(ahead[:, None], (G, Q // G)), (Q,))[None, :] * 4 * N + n[:, None]
-        more_re, more_im = _times(tl.load(place), sign * tl.load(place + N), z_re, z_im)
-        before_re, before_im, _, _ = _chain(
-            e_re, e_im, start_re + more_re, start_im + more_im, a_re, a_im, low_re, low_im, N, R, J, REVERSE
-        )
-        place = powers + G * 4 * N + n[:, None]
-        far_re, far_im = _times(tl.load(place), sign * tl.load(place + N), z_re, z_im)
-        more_re, more_im = _times(tl.load(place + 2 * N), sign * tl.load(place + 3 * N), z_re, z_im)
-        return before_re, before_im, far_re + (more_re + end_re), far_im + (more_im + end_im)
+    e_re, e_im = tl.reshape(e_re, (N * W, R // W)), tl.reshape(e_im, (N * W, R // W))
+    s_re, s_im, z_re, z_im = _chain(e_re, e_im, z_re, z_im, a_re, a_im, low_re, low_im, N * W, R // W, J, REVERSE)
+    return tl.reshape(s_re, (N, R)), tl.reshape(s_im, (N, R)), z_re, z_im
+
+
+@triton.jit
+def _columns(R: tl.constexpr, J: tl.constexpr, W: tl.constexpr):
+    """Of every column its row in the tile and its chunk among the J."""
+    r = tl.arange(0, R)
+    Q: tl.constexpr = R // J // W
+    inner = r % (R // W)
+    return r // (R // W) * Q + inner % Q, inner // Q
 
 
 @triton.jit
@@ -251,30 +219,32 @@ def _before(u, column, stride, past, column_p, n_past, t, ok, length, HAS_PAST: 
 
 
 @triton.jit
-def _state_places(h, b, n, n_modes, rows):
-    """Where the states (B, H, N, 2) of modes n and sequences b lie, and whether there are such."""
-    place = 2 * ((b.to(tl.int64)[None, :] * tl.num_programs(0) + h) * n_modes + n[:, None])
-    return place, (n < n_modes)[:, None] & (b < rows)[None, :]
+def _state_places(h, first_row, n_modes, rows, N: tl.constexpr, Q: tl.constexpr, W: tl.constexpr):
+    """Where the states (rows, H, modes, 2) of a tile lie, whether there are such, and their rows: (N W, Q / W)."""
+    nw = tl.arange(0, N * W)[:, None]
+    row = first_row + nw % W * (Q // W) + tl.arange(0, Q // W)[None, :]
+    place = 2 * ((row.to(tl.int64) * tl.num_programs(0) + h) * n_modes + nw // W)
+    return place, (nw // W < n_modes) & (row < rows), row
 
 
 @triton.jit
 def forward(
     u, pre, post, past, y, first, taps, weights, tables, decay, state, carry,
-    rows, length, n_modes, n_taps, n_past, n_super,
+    rows, groups, span, length, n_modes, n_taps, n_past, done,
     su_b, su_h, su_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sp_b, sp_h, sy_b, sy_h, sy_t,
-    R: tl.constexpr, J: tl.constexpr, G: tl.constexpr, T: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y; with CARRY == 1 also the state before the last J G chunks, with CARRY == 2 no y but the state after all chunks."""
+    """y. CARRY: also the state (B, H, N, 2) of every sequence before its token `done`, a multiple of J T. Without OUTPUT no y,
+    but the state of every row after its `span` tokens."""
     h = tl.program_id(0).to(tl.int64)
     Q: tl.constexpr = R // J
-    BR: tl.constexpr = Q // G
-    r = tl.arange(0, R)
-    b = tl.program_id(1) * BR + r % BR
-    seg = (r % Q) // BR * J + r // Q
-    ok = (b < rows)[None, :]
-    b64 = b.to(tl.int64)
+    at, j = _columns(R, J, W)
+    row = tl.program_id(1) * Q + at
+    ok = (row < rows)[None, :]
+    b64 = (row // groups).to(tl.int64)
+    start = row % groups * span + j * T
     col_u, col_v, col_q, col_p, col_y = b64 * su_b, b64 * sv_b, b64 * sq_b, b64 * sp_b, b64 * sy_b
     u, pre, post, past, y = u + h * su_h, pre + h * sv_h, post + h * sq_h, past + h * sp_h, y + h * sy_h
     n, s = tl.arange(0, N), tl.arange(0, T)
@@ -291,21 +261,20 @@ def forward(
     on = tl.load(tables + 2 * N * T + n2[None, :] * T + s[:, None])
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=n < n_modes, other=0.0)[:, None]
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=n < n_modes, other=0.0)[:, None]
-    decay += h * (G + 2) * 4 * N
+    decay += h * 8 * N
 
-    q = tl.arange(0, Q)
-    place, z_ok = _state_places(h, tl.program_id(1) * BR + q % BR, n, n_modes, rows)
-    z_re, z_im = tl.zeros([N, Q], tl.float32), tl.zeros([N, Q], tl.float32)
+    place, z_ok, z_row = _state_places(h, tl.program_id(1) * Q, n_modes, rows, N, Q, W)
+    z_re, z_im = tl.zeros([N * W, Q // W], tl.float32), tl.zeros([N * W, Q // W], tl.float32)
     if HAS_STATE:
         z_re, z_im = tl.load(state + place, mask=z_ok, other=0.0), tl.load(state + place + 1, mask=z_ok, other=0.0)
-    z_ok = z_ok & (q < BR)[None, :]
 
-    for c in range(0, n_super):
-        if CARRY == 1:
-            if c == n_super - 1:
-                tl.store(carry + place, z_re, mask=z_ok)
-                tl.store(carry + place + 1, z_im, mask=z_ok)
-        t = (c * (J * G) + seg)[None, :] * T + s[:, None]
+    for c in range(0, span // (J * T)):
+        if CARRY and OUTPUT:
+            wanted = z_ok & (z_row % groups * span + c * J * T == done)
+            out = (z_row // groups - z_row).to(tl.int64) * (2 * tl.num_programs(0) * n_modes)
+            tl.store(carry + place + out, z_re, mask=wanted)
+            tl.store(carry + place + out + 1, z_im, mask=wanted)
+        t = (start + c * J * T)[None, :] + s[:, None]
         here = ok & (t < length)
         now = _read(u, col_u, t, su_t, here)
         if HAS_FIR:
@@ -318,32 +287,98 @@ def forward(
             x *= _read(pre, col_v, t, sv_t, here).to(tl.float32)
         w = x.to(KIND)
         e_re, e_im = _parts(tl.dot(into, w, input_precision=PRECISION), N, R)
-        s_re, s_im, z_re, z_im = _recur(e_re, e_im, z_re, z_im, decay, 1.0, N, R, J, G, False)
-        if CARRY != 2:
+        s_re, s_im, z_re, z_im = _recur(e_re, e_im, z_re, z_im, decay, 1.0, N, R, J, W, False)
+        if OUTPUT:
             a_re, a_im = _times(w_re, w_im, s_re, s_im)
             out = tl.dot(kernel, w, input_precision=PRECISION)
             out = tl.dot(on, _stacked(a_re, a_im, N, R).to(KIND), out, input_precision=PRECISION)
             if HAS_POST:
                 out *= _read(post, col_q, t, sq_t, here).to(tl.float32)
             tl.store(y + col_y[None, :] + t * sy_t, out.to(y.dtype.element_ty), mask=here)
-    if CARRY == 2:
+    if not OUTPUT:
         tl.store(carry + place, z_re, mask=z_ok)
         tl.store(carry + place + 1, z_im, mask=z_ok)
 
 
 @triton.jit
-def _later(x, next_x, r, T: tl.constexpr, R: tl.constexpr, J: tl.constexpr, G: tl.constexpr):
-    """x (T, R) with every chunk replaced by the one after it; next_x (T, Q) is what follows the last of every sequence."""
+def adjoints(
+    dy, post, weights, tables, decay, dcarry, out, rows, groups, span, length, n_modes, done,
+    sd_b, sd_h, sd_t, sq_b, sq_h, sq_t,
+    R: tl.constexpr, J: tl.constexpr, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr,
+    HAS_POST: tl.constexpr, HAS_CARRY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the outputs of every row, and with HAS_CARRY the state before token `done`, ask of the state before the row."""
+    h = tl.program_id(0).to(tl.int64)
     Q: tl.constexpr = R // J
-    first = _first_chunks(x, T, R, J)
-    if G == 1:
-        after = next_x
-    else:
-        # The chunk after a group's last is the first of the next group.
-        q = tl.arange(0, Q)
-        source = tl.broadcast_to(((q + Q // G) % Q)[None, :], (T, Q))
-        after = tl.where((q < Q - Q // G)[None, :], tl.gather(first, source, 1), next_x)
-    return _shifted(x, after, T, R, J)
+    at, j = _columns(R, J, W)
+    row = tl.program_id(1) * Q + at
+    b64 = (row // groups).to(tl.int64)
+    start = row % groups * span + j * T
+    col_d, col_q = b64 * sd_b, b64 * sq_b
+    dy, post = dy + h * sd_h, post + h * sq_h
+    n, s = tl.arange(0, N), tl.arange(0, T)
+    on = tl.load(tables + h * COUNT * 2 * N * T + 2 * N * T + tl.arange(0, 2 * N)[:, None] * T + s[None, :])
+    w_re = tl.load(weights + 2 * (h * n_modes + n), mask=n < n_modes, other=0.0)[:, None]
+    w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=n < n_modes, other=0.0)[:, None]
+    decay += h * 8 * N
+    place, z_ok, z_row = _state_places(h, tl.program_id(1) * Q, n_modes, rows, N, Q, W)
+    g_re, g_im = tl.zeros([N * W, Q // W], tl.float32), tl.zeros([N * W, Q // W], tl.float32)
+    n_super = span // (J * T)
+    for i in range(0, n_super):
+        c = n_super - 1 - i
+        t = (start + c * J * T)[None, :] + s[:, None]
+        here = (row < rows)[None, :] & (t < length)
+        d = _read(dy, col_d, t, sd_t, here)
+        if HAS_POST:
+            d = d.to(tl.float32) * _read(post, col_q, t, sq_t, here).to(tl.float32)
+        o_re, o_im = _parts(tl.dot(on, d.to(KIND), input_precision=PRECISION), N, R)
+        o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
+        _, _, g_re, g_im = _recur(o_re, o_im, g_re, g_im, decay, -1.0, N, R, J, W, True)
+        if HAS_CARRY:
+            g_re, g_im = _injected(g_re, g_im, dcarry, place, z_ok, z_row, groups, span, c * J * T, done, n_modes)
+    tl.store(out + place, g_re, mask=z_ok)
+    tl.store(out + place + 1, g_im, mask=z_ok)
+
+
+@triton.jit
+def _injected(g_re, g_im, dcarry, place, z_ok, z_row, groups, span, token, done, n_modes):
+    """The adjoints of the states before a row's token, with the gradient (B, H, N, 2) of the state handed out before `done`."""
+    wanted = z_ok & (z_row % groups * span + token == done)
+    place += (z_row // groups - z_row).to(tl.int64) * (2 * tl.num_programs(0) * n_modes)
+    return (
+        g_re + tl.load(dcarry + place, mask=wanted, other=0.0),
+        g_im + tl.load(dcarry + place + 1, mask=wanted, other=0.0),
+    )
+
+
+@triton.jit
+def scan_groups(
+    local, begin, state, end, decay, groups, n_modes, sign,
+    N: tl.constexpr, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """z -> lambda^span z + local_g over the pieces of a sequence, from `state`: the z before each, and the z after all."""
+    h = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, N)
+    ok = n < n_modes
+    decay += h * 8 * N + 4 * N + n
+    a_re, a_im, low_re, low_im = tl.load(decay), sign * tl.load(decay + N), tl.load(decay + 2 * N), sign * tl.load(decay + 3 * N)
+    z_re, z_im = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    whole = 2 * ((b * tl.num_programs(0) + h) * n_modes + n)
+    if HAS_STATE:
+        z_re, z_im = tl.load(state + whole, mask=ok, other=0.0), tl.load(state + whole + 1, mask=ok, other=0.0)
+    for i in range(0, groups):
+        g = groups - 1 - i if REVERSE else i
+        place = 2 * (((b * groups + g) * tl.num_programs(0) + h) * n_modes + n)
+        e_re, e_im = tl.load(local + place, mask=ok, other=0.0), tl.load(local + place + 1, mask=ok, other=0.0)
+        tl.store(begin + place, z_re, mask=ok)
+        tl.store(begin + place + 1, z_im, mask=ok)
+        more_re, more_im = _times(low_re, low_im, z_re, z_im)
+        z_re, z_im = _times(a_re, a_im, z_re, z_im)
+        z_re, z_im = z_re + (more_re + e_re), z_im + (more_im + e_im)
+    if HAS_END:
+        tl.store(end + whole, z_re, mask=ok)
+        tl.store(end + whole + 1, z_im, mask=ok)
 
 
 @triton.jit
@@ -391,37 +426,39 @@ def _sum_diagonals(x, scratch, T: tl.constexpr):
 
 @triton.jit
 def backward(
-    dy, u, pre, post, past, du, dpre, dpost, first, taps, weights, tables, decay, state, dcarry, dstate,
-    states, scratch, dtaps, dfirst, dmodes,
-    rows, length, n_modes, n_taps, n_past, n_super, inject,
+    dy, u, pre, post, past, du, dpre, dpost, first, taps, weights, tables, decay, state, adjoint, dcarry, dstate,
+    states, scratch, halo, dtaps, dfirst, dmodes,
+    rows, groups, span, length, n_modes, n_taps, n_past, done,
     sd_b, sd_h, sd_t, su_b, su_h, su_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sp_b, sp_h,
     sdu_b, sdu_h, sdu_t, sdv_b, sdv_h, sdv_t, sdq_b, sdq_h, sdq_t,
-    R: tl.constexpr, J: tl.constexpr, G: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_CARRY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_ADJOINT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_DSTATE: tl.constexpr,
+    STAGES: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `forward`. Those of the parameters are partial: one sum a program.
 
-    states (H, tiles, n_super, 2N, R), in the dtype of products, and scratch (H, tiles, T, T) fp32 are this program's own. dcarry is the
-    gradient of the state before super-chunk `inject`, of the state after all where that is n_super. dtaps, dfirst (H, tiles, T) and
-    dmodes (H, tiles, 4, N), the gradients of log_modes and weights but for what `first` gives them.
+    state and adjoint (rows, H, N, 2): the states before and the adjoints after every row. states (H, tiles, supers, 2N, R), in the
+    dtype of products, and scratch (H, tiles, T, T) fp32 are this program's own. halo (rows, H, T): the gradients of FIR(u) in the first
+    chunk of every row, which `mend` brings to the end of the row before. dtaps, dfirst (H, tiles, T) and dmodes (H, tiles, 4, N): the
+    gradients of log_modes and weights but for what `first` gives them.
     """
     h = tl.program_id(0).to(tl.int64)
     tile = h * tl.num_programs(1) + tl.program_id(1)
     Q: tl.constexpr = R // J
-    BR: tl.constexpr = Q // G
-    r = tl.arange(0, R)
-    b = tl.program_id(1) * BR + r % BR
-    seg = (r % Q) // BR * J + r // Q
-    ok = (b < rows)[None, :]
-    b64 = b.to(tl.int64)
+    at, j = _columns(R, J, W)
+    row = tl.program_id(1) * Q + at
+    ok = (row < rows)[None, :]
+    b64 = (row // groups).to(tl.int64)
+    start = row % groups * span + j * T
+    n_super = span // (J * T)
     col_d, col_u, col_v, col_q, col_p = b64 * sd_b, b64 * su_b, b64 * sv_b, b64 * sq_b, b64 * sp_b
     col_du, col_dv, col_dq = b64 * sdu_b, b64 * sdv_b, b64 * sdq_b
     dy, u, pre, post, past = dy + h * sd_h, u + h * su_h, pre + h * sv_h, post + h * sq_h, past + h * sp_h
     du, dpre, dpost = du + h * sdu_h, dpre + h * sdv_h, dpost + h * sdq_h
     n, s = tl.arange(0, N), tl.arange(0, T)
     n2 = tl.arange(0, 2 * N)
-    states += tile * n_super * 2 * N * R + n2[:, None] * R + r[None, :]
+    states += tile * n_super * 2 * N * R + n2[:, None] * R + tl.arange(0, R)[None, :]
 
     near = tl.zeros([T, T], KIND)
     far = tl.zeros([T, T], KIND)
@@ -434,16 +471,15 @@ def backward(
     into_by, on_by = tl.load(tables + 4 * N * T), tl.load(tables + 6 * N * T)
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=n < n_modes, other=0.0)[:, None]
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=n < n_modes, other=0.0)[:, None]
-    decay += h * (G + 2) * 4 * N
+    decay += h * 8 * N
     a_re, a_im = tl.load(decay + n)[:, None], tl.load(decay + N + n)[:, None]
 
-    q = tl.arange(0, Q)
-    place, z_ok = _state_places(h, tl.program_id(1) * BR + q % BR, n, n_modes, rows)
-    z_re, z_im = tl.zeros([N, Q], tl.float32), tl.zeros([N, Q], tl.float32)
+    place, z_ok, z_row = _state_places(h, tl.program_id(1) * Q, n_modes, rows, N, Q, W)
+    z_re, z_im = tl.zeros([N * W, Q // W], tl.float32), tl.zeros([N * W, Q // W], tl.float32)
     if HAS_STATE:
         z_re, z_im = tl.load(state + place, mask=z_ok, other=0.0), tl.load(state + place + 1, mask=z_ok, other=0.0)
     for c in range(0, n_super):
-        t = (c * (J * G) + seg)[None, :] * T + s[:, None]
+        t = (start + c * J * T)[None, :] + s[:, None]
         here = ok & (t < length)
         now = _read(u, col_u, t, su_t, here)
         if HAS_FIR:
@@ -455,24 +491,23 @@ def backward(
         if HAS_PRE:
             x *= _read(pre, col_v, t, sv_t, here).to(tl.float32)
         e_re, e_im = _parts(tl.dot(into, x.to(KIND), input_precision=PRECISION), N, R)
-        s_re, s_im, z_re, z_im = _recur(e_re, e_im, z_re, z_im, decay, 1.0, N, R, J, G, False)
+        s_re, s_im, z_re, z_im = _recur(e_re, e_im, z_re, z_im, decay, 1.0, N, R, J, W, False)
         tl.store(states + c * 2 * N * R, _stacked(s_re, s_im, N, R).to(KIND))
     # What one thread stored another will load.
     tl.debug_barrier()
 
-    W: tl.constexpr = 8 if R >= 8 else R
-    log_re, log_im = tl.zeros([N, W], tl.float32), tl.zeros([N, W], tl.float32)
-    dw_re, dw_im = tl.zeros([N, W], tl.float32), tl.zeros([N, W], tl.float32)
-    g_re, g_im = tl.zeros([N, Q], tl.float32), tl.zeros([N, Q], tl.float32)
-    if HAS_CARRY:
-        wanted = z_ok & (inject == n_super)
-        g_re, g_im = tl.load(dcarry + place, mask=wanted, other=0.0), tl.load(dcarry + place + 1, mask=wanted, other=0.0)
+    F: tl.constexpr = 8 if R // W >= 8 else R // W
+    log_re, log_im = tl.zeros([N * W, F], tl.float32), tl.zeros([N * W, F], tl.float32)
+    dw_re, dw_im = tl.zeros([N * W, F], tl.float32), tl.zeros([N * W, F], tl.float32)
+    g_re, g_im = tl.zeros([N * W, Q // W], tl.float32), tl.zeros([N * W, Q // W], tl.float32)
+    if HAS_ADJOINT:
+        g_re, g_im = tl.load(adjoint + place, mask=z_ok, other=0.0), tl.load(adjoint + place + 1, mask=z_ok, other=0.0)
     d_kernel = tl.zeros([T, T], tl.float32)
     d_near, d_far = tl.zeros([T, T], tl.float32), tl.zeros([T, T], tl.float32)
-    next_x = tl.zeros([T, Q], KIND)
+    next_x = tl.zeros([T * W, Q // W], KIND)
     for i in tl.range(0, n_super, num_stages=STAGES):
         c = n_super - 1 - i
-        t = (c * (J * G) + seg)[None, :] * T + s[:, None]
+        t = (start + c * J * T)[None, :] + s[:, None]
         here = ok & (t < length)
         now = _read(u, col_u, t, su_t, here)
         seen = now
@@ -501,21 +536,19 @@ def backward(
 
         o_re, o_im = _parts(tl.dot(on, d, input_precision=PRECISION), N, R)
         m_re, m_im = _conj_times(s_re, s_im, o_re, o_im)
-        dw_re += _folded(m_re, N, R, W)
-        dw_im += _folded(m_im, N, R, W)
+        dw_re += _folded(tl.reshape(m_re, (N * W, R // W)), N * W, R // W, F)
+        dw_im += _folded(tl.reshape(m_im, (N * W, R // W)), N * W, R // W, F)
         o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
-        y_re, y_im, g_re, g_im = _recur(o_re, o_im, g_re, g_im, decay, -1.0, N, R, J, G, True)
+        y_re, y_im, g_re, g_im = _recur(o_re, o_im, g_re, g_im, decay, -1.0, N, R, J, W, True)
         if HAS_CARRY:
-            if c == inject:
-                g_re += tl.load(dcarry + place, mask=z_ok, other=0.0)
-                g_im += tl.load(dcarry + place + 1, mask=z_ok, other=0.0)
+            g_re, g_im = _injected(g_re, g_im, dcarry, place, z_ok, z_row, groups, span, c * J * T, done, n_modes)
         f_re, f_im = _parts(tl.dot(on_by, d, input_precision=PRECISION), N, R)
         m_re, m_im = _conj_times(p_re, p_im, f_re, f_im)
         f_re, f_im = _parts(tl.dot(into_by, w, input_precision=PRECISION), N, R)
         k_re, k_im = _times(a_re, a_im, s_re, s_im)
         f_re, f_im = _conj_times(f_re + T * k_re, f_im + T * k_im, y_re, y_im)
-        log_re += _folded(m_re + f_re, N, R, W)
-        log_im += _folded(m_im + f_im, N, R, W)
+        log_re += _folded(tl.reshape(m_re + f_re, (N * W, R // W)), N * W, R // W, F)
+        log_im += _folded(tl.reshape(m_im + f_im, (N * W, R // W)), N * W, R // W, F)
 
         dx = tl.dot(tl.trans(kernel), d, input_precision=PRECISION)
         dx = tl.dot(tl.trans(into), _stacked(y_re, y_im, N, R).to(KIND), dx, input_precision=PRECISION)
@@ -530,27 +563,47 @@ def backward(
             d_near = tl.dot(k, tl.trans(now.to(KIND)), d_near, input_precision=PRECISION)
             d_far = tl.dot(k, tl.trans(seen.to(KIND)), d_far, input_precision=PRECISION)
             dx = tl.dot(tl.trans(near), k, input_precision=PRECISION)
-            dx = tl.dot(tl.trans(far), _later(k, next_x, r, T, R, J, G), dx, input_precision=PRECISION)
-            next_x = _first_chunks(k, T, R, J)
-            if G > 1:
-                # Every group keeps the first chunk of the first group.
-                next_x = tl.gather(next_x, tl.broadcast_to((q % BR)[None, :], (T, Q)), 1)
+            k = tl.reshape(k, (T * W, R // W))
+            later = tl.reshape(_shifted(k, next_x, T * W, R // W, J), (T, R))
+            dx = tl.dot(tl.trans(far), later, dx, input_precision=PRECISION)
+            next_x = _first_chunks(k, T * W, R // W, J)
         tl.store(du + col_du[None, :] + t * sdu_t, dx.to(du.dtype.element_ty), mask=here)
 
-    z_ok = z_ok & (q < BR)[None, :]
-    if HAS_STATE:
+    if HAS_DSTATE:
         tl.store(dstate + place, g_re, mask=z_ok)
         tl.store(dstate + place + 1, g_im, mask=z_ok)
+    if HAS_FIR:
+        sw = tl.arange(0, T * W)[:, None]
+        first_row = tl.program_id(1) * Q + sw % W * (Q // W) + tl.arange(0, Q // W)[None, :]
+        out = halo + (first_row.to(tl.int64) * tl.num_programs(0) + h) * T + sw // W
+        tl.store(out, next_x.to(halo.dtype.element_ty), mask=first_row < rows)
     out = dmodes + tile * 4 * N + n
-    tl.store(out, tl.sum(log_re, 1))
-    tl.store(out + N, tl.sum(log_im, 1))
-    tl.store(out + 2 * N, tl.sum(dw_re, 1))
-    tl.store(out + 3 * N, tl.sum(dw_im, 1))
+    tl.store(out, tl.sum(tl.reshape(tl.sum(log_re, 1), (N, W)), 1))
+    tl.store(out + N, tl.sum(tl.reshape(tl.sum(log_im, 1), (N, W)), 1))
+    tl.store(out + 2 * N, tl.sum(tl.reshape(tl.sum(dw_re, 1), (N, W)), 1))
+    tl.store(out + 3 * N, tl.sum(tl.reshape(tl.sum(dw_im, 1), (N, W)), 1))
     scratch += tile * T * T
     lower = s[:, None] >= s[None, :]
     tl.store(dfirst + tile * T + s, _sum_diagonals(tl.where(lower, tl.trans(d_kernel), 0.0), scratch, T))
     if HAS_FIR:
         tl.store(dtaps + tile * T + s, _sum_diagonals(tl.where(lower, d_near, d_far), scratch, T))
+
+
+@triton.jit
+def mend(
+    halo, taps, du, groups, span, n_taps, sdu_b, sdu_h, sdu_t, T: tl.constexpr
+):  # fmt: skip
+    """Add to du at the end of every piece but a sequence's last what the first chunk of the next piece asks of it."""
+    h = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1) // (groups - 1)
+    g = tl.program_id(1) % (groups - 1)
+    t = tl.arange(0, T)
+    lag = T + t[:, None] - t[None, :]
+    tap = tl.load(taps + h * n_taps + lag, mask=lag < n_taps, other=0.0)
+    x = tl.load(halo + ((b * groups + g + 1).to(tl.int64) * tl.num_programs(0) + h) * T + t)
+    place = du + h * sdu_h + b.to(tl.int64) * sdu_b + ((g + 1) * span - T + t) * sdu_t
+    more = tl.sum(tap * x.to(tl.float32)[:, None], 0)
+    tl.store(place, (tl.load(place).to(tl.float32) + more).to(du.dtype.element_ty))
 
 
 @triton.jit

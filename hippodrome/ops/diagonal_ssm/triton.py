@@ -19,29 +19,37 @@ PRODUCTS = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.
 in tf32, which rounds as finely; those of fp32 are three of tf32, which is exact to 1e-6."""
 
 STAGES = 1
+PROGRAMS = 264
+"""Programs from which on a GPU is busy: below, sequences are cut into pieces."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel is laid out: R columns of T tokens, of which J G are successive chunks of a sequence; N padded modes."""
+    """How a kernel is laid out: R columns of T tokens, J successive chunks for each of Q rows; N padded modes; W groups of warps."""
 
     R: int
     J: int
-    G: int
+    W: int
     T: int
     N: int
     num_warps: int
     num_stages: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a sequence that are computed at once."""
-        return self.T * self.J * self.G
+    def Q(self) -> int:
+        return self.R // self.J
 
     @property
-    def sequences(self) -> int:
-        """Sequences in a tile."""
-        return self.R // (self.J * self.G)
+    def tokens(self) -> int:
+        """Tokens of a row that are computed at once."""
+        return self.T * self.J
+
+    def pieces(self, batch: int, channels: int, length: int) -> tuple[int, int]:
+        """How many pieces every sequence is cut into, and how many tokens a piece has."""
+        wanted = max(-(-self.Q // batch) if batch < self.Q else 1, PROGRAMS * self.Q // (channels * batch))
+        groups = max(1, min(wanted, length // (4 * self.tokens)))
+        span = -(-length // (groups * self.tokens)) * self.tokens
+        return -(-length // span), span
 
 
 def _power_of_two(n: int) -> int:
@@ -49,18 +57,19 @@ def _power_of_two(n: int) -> int:
 
 
 def tiling(batch: int, modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
-    """The layout for `batch` sequences. Columns that no sequence fills take successive chunks, eight of them within a thread."""
-    n = max(32 if dtype == torch.bfloat16 else 16, _power_of_two(modes))
+    """The layout for `batch` sequences. Columns that no row fills take successive chunks, at most eight within a thread."""
     half = dtype == torch.bfloat16
+    n = max(32 if half else 16, _power_of_two(modes))
     chunk = 64 if n <= 32 else 32 if n <= 64 else 16
     if dtype == torch.float32:
         chunk = min(chunk, 32)
-    columns = (32 if backward else 64) if half and n <= 32 else 16
-    warps, stages = 8 if n > 64 else 4, (2 if backward else 3) if half and n <= 32 else 1
-    rows = min(_power_of_two(batch), columns)
-    # Within a thread lie the columns above the low three bits; the rest of the chunks are groups.
-    inner = min(columns // rows, columns // 8)
-    return Tiling(columns, inner, columns // rows // inner, chunk, n, warps, stages)
+    columns, warps, stages = 16, 8 if n > 64 else 4, 1
+    if half and n <= 32:
+        columns, warps, stages = (64, 8, 1) if backward else (64, 4, 3)
+    # Within a thread lie the columns of its group of warps above the low three bits.
+    groups = 2 if warps == 8 and columns >= 32 else 1
+    rows = min(columns, max(8 * groups, _power_of_two(batch)))
+    return Tiling(columns, columns // rows, groups, chunk, n, warps, stages)
 
 
 def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
@@ -134,11 +143,11 @@ def fused(
     log_pairs, weight_pairs = (torch.view_as_real(t.to(torch.complex64).contiguous()) for t in (log_modes, weights))
     y, carry = torch.ops.hippodrome.diagonal_fused(
         u, pre, post, taps, log_pairs, weight_pairs, skip, past,
-        None if state is None else torch.view_as_real(state.contiguous()), 1 if return_state else 0,
+        None if state is None else torch.view_as_real(state.contiguous()), return_state,
     )  # fmt: skip
     if not return_state:
         return y, None
-    done = (u.shape[2] - 1) // plan.tokens * plan.tokens
+    done = _done(plan, u.shape[2])
     x = u[..., done:].float()
     if taps is not None:
         earlier = u[..., max(0, done - taps.shape[1]) : done].float()
@@ -162,38 +171,71 @@ def _fused(
     skip: Tensor | None,
     past: Tensor | None,
     state: Tensor | None,
-    carry: int,
+    carry: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs like u, and a state (B, H, N, 2): none (carry 0), that before the last `Tiling.tokens` (1), or that after all (2, where
-    there are no outputs and L is a multiple of `Tiling.tokens`)."""
+    """Outputs like u, and with `carry` the state (B, H, N, 2) before the last chunks, of which there are `Tiling.tokens` tokens."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
-    plan = tiling(u.shape[0], log_modes.shape[1], u.dtype)
-    first, tables, decay = _prepare(plan, log_modes, weights, skip, u.dtype, backward=False)
+    batch, channels, length = u.shape
+    plan = tiling(batch, log_modes.shape[1], u.dtype)
+    groups, span = plan.pieces(batch, channels, length)
+    tables = _prepare(plan, log_modes, weights, skip, span, u.dtype, backward=False)
     y, after = _outputs(u, log_modes, carry)
-    grid = (u.shape[1], -(-u.shape[0] // plan.sequences))
-    kernels.forward[grid](
-        u, _or(pre, u), _or(post, u), _or(past, u), y, first, _or(taps, first), weights, tables, decay, _or(state, first), after,
-        u.shape[0], u.shape[2], log_modes.shape[1], *_taps_and_past(taps, past), -(-u.shape[2] // plan.tokens),
+    begin = _begin(plan, u, pre, taps, weights, past, state, tables, 2)
+    kernels.forward[channels, -(-batch * groups // plan.Q)](
+        u, _or(pre, u), _or(post, u), _or(past, u), y, tables[0], _or(taps, tables[0]), weights, *tables[1:], _or(begin, tables[0]), after,
+        batch * groups, groups, span, length, log_modes.shape[1], *_taps_and_past(taps, past), _done(plan, length),
         *u.stride(), *_or(pre, u).stride(), *_or(post, u).stride(), *_or(past, u).stride()[:2], *y.stride(),
-        R=plan.R, J=plan.J, G=plan.G, T=plan.T, N=plan.N, COUNT=2,
+        R=plan.R, J=plan.J, W=plan.W, T=plan.T, N=plan.N, COUNT=2,
         HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
-        HAS_STATE=state is not None, CARRY=carry, **_arithmetic(u.dtype), num_warps=plan.num_warps, num_stages=plan.num_stages,
+        HAS_STATE=begin is not None, CARRY=carry, OUTPUT=True, **_arithmetic(u.dtype),
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
     return y, after
 
 
+def _begin(
+    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None, state: Tensor | None,
+    tables: tuple[Tensor, Tensor, Tensor], count: int,
+) -> Tensor | None:  # fmt: skip
+    """The states (rows, H, N, 2) before the pieces of all sequences. None: at rest."""
+    from hippodrome.ops.diagonal_ssm import _kernels as kernels
+
+    batch, channels, length = u.shape
+    modes = weights.shape[1]
+    groups, span = plan.pieces(batch, channels, length)
+    if groups == 1:
+        return state
+    local, begin = (weights.new_empty(batch * groups, channels, modes, 2) for _ in range(2))
+    kernels.forward[channels, -(-batch * groups // plan.Q)](
+        u, _or(pre, u), u, _or(past, u), u, tables[0], _or(taps, tables[0]), weights, *tables[1:], local, local,
+        batch * groups, groups, span, length, modes, *_taps_and_past(taps, past), 0,
+        *u.stride(), *_or(pre, u).stride(), *u.stride(), *_or(past, u).stride()[:2], *u.stride(),
+        R=plan.R, J=plan.J, W=plan.W, T=plan.T, N=plan.N, COUNT=count,
+        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=False, HAS_PAST=past is not None,
+        HAS_STATE=False, CARRY=True, OUTPUT=False, **_arithmetic(u.dtype), num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+    kernels.scan_groups[channels, batch](
+        local, begin, _or(state, local), local, tables[2], groups, modes, 1.0,
+        N=plan.N, HAS_STATE=state is not None, REVERSE=False, HAS_END=False, num_warps=1,
+    )  # fmt: skip
+    return begin
+
+
+def _done(plan: Tiling, length: int) -> int:
+    """Tokens before the last `plan.tokens`."""
+    return (length - 1) // plan.tokens * plan.tokens
+
+
 @_fused.register_fake
 def _(
-    u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: int
+    u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: bool
 ) -> Any:
     return _outputs(u, log_modes, carry)
 
 
-def _outputs(u: Tensor, log_modes: Tensor, carry: int) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(u) if carry < 2 else u.new_empty(0, 0, 0)
-    rows = u.shape[0] if carry else 0
-    return y, log_modes.new_empty(rows, *log_modes.shape)
+def _outputs(u: Tensor, log_modes: Tensor, carry: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), log_modes.new_empty(u.shape[0] if carry else 0, *log_modes.shape)
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
@@ -209,43 +251,62 @@ def _fused_backward(
     skip: Tensor | None,
     past: Tensor | None,
     state: Tensor | None,
-    carry: int,
+    carry: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, pre, post, taps, log_modes, weights, skip and state; of those not given they are empty."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
     batch, channels, length = u.shape
-    plan, ahead = (tiling(batch, log_modes.shape[1], u.dtype, backward=way) for way in (True, False))
-    first, tables, decay = _prepare(plan, log_modes, weights, skip, u.dtype, backward=True)
+    modes = log_modes.shape[1]
+    plan = tiling(batch, modes, u.dtype, backward=True)
+    groups, span = plan.pieces(batch, channels, length)
+    tables = _prepare(plan, log_modes, weights, skip, span, u.dtype, backward=True)
+    first, wide, decay = tables
     grads = _gradients(u, pre, post, taps, log_modes, weights, skip, state)
     du, dpre, dpost, dtaps, dmodes, dweights, dskip, dstate = grads
-    tiles, n_super = -(-batch // plan.sequences), -(-length // plan.tokens)
-    inject = n_super if carry == 2 else (length - 1) // ahead.tokens * ahead.tokens // plan.tokens
-    states = tables.new_empty(channels, tiles, n_super, 2 * plan.N, plan.R)
+    rows, done = batch * groups, _done(tiling(batch, modes, u.dtype), length)
+    tiles = -(-rows // plan.Q)
+    begin = _begin(plan, u, pre, taps, weights, past, state, tables, 4)
+    adjoint = None
+    shape = {"R": plan.R, "J": plan.J, "W": plan.W, "T": plan.T, "N": plan.N}
+    run = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_arithmetic(u.dtype)}
+    if groups > 1:
+        local, adjoint = (first.new_empty(rows, channels, modes, 2) for _ in range(2))
+        kernels.adjoints[channels, tiles](
+            dy, _or(post, u), weights, wide, decay, _or(dcarry, first), local, rows, groups, span, length, modes, done,
+            *dy.stride(), *_or(post, u).stride(), **shape, COUNT=4, HAS_POST=post is not None, HAS_CARRY=dcarry is not None, **run,
+        )  # fmt: skip
+        kernels.scan_groups[channels, batch](
+            local, adjoint, local, dstate, decay, groups, modes, -1.0,
+            N=plan.N, HAS_STATE=False, REVERSE=True, HAS_END=state is not None, num_warps=1,
+        )  # fmt: skip
+    states = wide.new_empty(channels, tiles, span // plan.tokens, 2 * plan.N, plan.R)
     scratch = first.new_empty(channels, tiles, plan.T, plan.T)
+    halo = u.new_empty(rows, channels, plan.T if taps is not None else 0)
     part_taps, part_first = (first.new_empty(channels, tiles, plan.T) for _ in range(2))
     part_modes = first.new_empty(channels, tiles, 4, plan.N)
-    kernels.backward[(channels, tiles)](
-        dy, u, _or(pre, u), _or(post, u), _or(past, u), du, dpre, dpost, first, _or(taps, first), weights, tables, decay,
-        _or(state, first), _or(dcarry, first), dstate, states, scratch, part_taps, part_first, part_modes,
-        batch, length, log_modes.shape[1], *_taps_and_past(taps, past), n_super, inject,
+    kernels.backward[channels, tiles](
+        dy, u, _or(pre, u), _or(post, u), _or(past, u), du, dpre, dpost, first, _or(taps, first), weights, wide, decay,
+        _or(begin, first), _or(adjoint, first), _or(dcarry, first), dstate, states, scratch, halo, part_taps, part_first, part_modes,
+        rows, groups, span, length, modes, *_taps_and_past(taps, past), done,
         *dy.stride(), *u.stride(), *_or(pre, u).stride(), *_or(post, u).stride(), *_or(past, u).stride()[:2],
         *du.stride(), *(dpre.stride() if pre is not None else du.stride()), *(dpost.stride() if post is not None else du.stride()),
-        R=plan.R, J=plan.J, G=plan.G, T=plan.T, N=plan.N,
-        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
-        HAS_STATE=state is not None, HAS_CARRY=dcarry is not None, STAGES=STAGES, **_arithmetic(u.dtype),
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        **shape, HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
+        HAS_STATE=begin is not None, HAS_ADJOINT=adjoint is not None, HAS_CARRY=dcarry is not None,
+        HAS_DSTATE=state is not None and groups == 1, STAGES=STAGES, **run,
     )  # fmt: skip
-    kernels.finish[(channels,)](
+    if taps is not None and groups > 1:
+        kernels.mend[channels, batch * (groups - 1)](halo, taps, du, groups, span, taps.shape[1], *du.stride(), T=plan.T)
+    kernels.finish[channels,](
         log_modes, weights, part_first, part_taps, part_modes, dmodes, dweights, dskip, dtaps,
-        log_modes.shape[1], _taps_and_past(taps, past)[0], tiles,
+        modes, _taps_and_past(taps, past)[0], tiles,
         T=plan.T, N=plan.N, HAS_SKIP=skip is not None, HAS_FIR=taps is not None,
     )  # fmt: skip
     return grads
 
 
 @_fused_backward.register_fake
-def _(dy: Any, dcarry: Any, u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Tensor, skip: Any, past: Any, state: Any, carry: int) -> Any:  # fmt: skip
+def _(dy: Any, dcarry: Any, u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Tensor, skip: Any, past: Any, state: Any, carry: bool) -> Any:  # fmt: skip
     return _gradients(u, pre, post, taps, log_modes, weights, skip, state)
 
 
@@ -260,17 +321,18 @@ def _gradients(
 
 
 def _prepare(
-    plan: Tiling, log_modes: Tensor, weights: Tensor, skip: Tensor | None, dtype: torch.dtype, *, backward: bool
+    plan: Tiling, log_modes: Tensor, weights: Tensor, skip: Tensor | None, span: int, dtype: torch.dtype, *, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of all channels: first taps, tables of powers, powers of the decay. See `_kernels.prepare`."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
     channels, modes = log_modes.shape[:2]
     first = log_modes.new_empty(channels, plan.T)
     tables = log_modes.new_empty(channels, 4 if backward else 2, 2 * plan.N, plan.T, dtype=PRODUCTS[dtype])
-    decay = log_modes.new_empty(channels, plan.G + 2, 4, plan.N)
-    kernels.prepare[(channels,)](
-        log_modes, weights, _or(skip, first), first, tables, decay, modes,
-        T=plan.T, N=plan.N, J=plan.J, G=plan.G, HAS_SKIP=skip is not None, BACKWARD=backward,
+    decay = log_modes.new_empty(channels, 2, 4, plan.N)
+    kernels.prepare[channels,](
+        log_modes, weights, _or(skip, first), first, tables, decay, modes, span,
+        T=plan.T, N=plan.N, HAS_SKIP=skip is not None, BACKWARD=backward,
     )  # fmt: skip
     return first, tables, decay
 
@@ -299,8 +361,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _grad(ctx: Any, dy: Tensor, dcarry: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     u, pre, post, taps, log_modes, weights, skip, past, state = inputs
-    if ctx.carry == 2:
-        dy = torch.zeros_like(u)
     du, dpre, dpost, dtaps, dmodes, dweights, dskip, dstate = torch.ops.hippodrome.diagonal_fused_backward(
         dy.to(u.dtype), dcarry.contiguous() if ctx.carry else None, *inputs, ctx.carry
     )
