@@ -17,7 +17,6 @@ Sources: Gardner (1995), partitioned convolution; FlashConv in H3 (Dao, Fu et al
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -36,10 +35,12 @@ from hippodrome.ops.long_conv._taps import (
     operand,
     power,
     row_strides,
+    scratch,
     up,
     vectors,
 )
 from hippodrome.ops.long_conv._toeplitz import diagonal_sums
+from hippodrome.ops.long_conv.block_fft import matrices
 
 
 @triton.jit
@@ -108,12 +109,12 @@ def synthesise(
 
 @triton.jit
 def spectrum_table(
-    taps, table, lags, first, center, width, T,
+    taps, table, columns, lags, first, center, width, T,
     MIRROR: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """table[h, f, re | im, r, m] = C_d(f), d = center + r - m; MIRROR: the conjugate of C_(-d)(f). Zero outside.
 
-    taps (H, 2 T, lags + 1): spectra P_d of T taps from lag d T on, d = first - 1 ..., and C_d = P_d + i (-1)^f P_(d-1).
+    taps (H, 2 T, columns): spectra P_d of T taps from lag d T on, d = first - 1 ..., and C_d = P_d + i (-1)^f P_(d-1).
     """
     channel = tl.program_id(1).to(tl.int64)
     f = channel % T
@@ -124,8 +125,8 @@ def spectrum_table(
         if MIRROR:
             lag = -lag
         inside = (lag >= first) & (lag < first + lags)
-        re_at = taps + channel * 2 * (lags + 1) + (lag - first + 1)
-        im_at = re_at + (lags + 1)
+        re_at = taps + channel * 2 * columns + (lag - first + 1)
+        im_at = re_at + columns
         re = tl.load(re_at, mask=inside, other=0.0) - sign * tl.load(im_at - 1, mask=inside, other=0.0)
         im = tl.load(im_at, mask=inside, other=0.0) + sign * tl.load(re_at - 1, mask=inside, other=0.0)
         if MIRROR:
@@ -191,20 +192,23 @@ def complex_taps_gradient(
     batch, length, first_block, blocks,
     T: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """_toeplitz.taps_gradient for complex x, z (channels, 2, batch, length): sums (channels, 2, blocks, 2, T) of conj(x) z."""
-    block = tl.program_id(0) % blocks
-    channel = (tl.program_id(0) // blocks).to(tl.int64)
+    """_toeplitz.taps_gradient for complex x, z (channels, 2, batch, length): sums (channels, 2, blocks, 2, T) of conj(x) z.
+
+    The real and the imaginary part are of two programs: more of them are at work at a time than of one with all the sums.
+    """
+    part = tl.program_id(0) % 2
+    block = tl.program_id(0) // 2 % blocks
+    channel = (tl.program_id(0) // 2 // blocks).to(tl.int64)
     d = first_block + block
     chunks = tl.cdiv(length, T)
     lowest = tl.maximum(d, 0)
     rows = tl.maximum(tl.minimum(chunks, chunks + d) - lowest, 0) * batch
     i = tl.arange(0, T)
-    part = batch * length
-    x += channel * 2 * part
-    z += channel * 2 * part
-    re = tl.zeros((T, T), dtype=tl.float32)
-    re_im = tl.zeros((T, T), dtype=tl.float32)
-    im_re = tl.zeros((T, T), dtype=tl.float32)
+    size = batch * length
+    x += channel * 2 * size
+    z += channel * 2 * size
+    of_re = tl.zeros((T, T), dtype=tl.float32)
+    of_im = tl.zeros((T, T), dtype=tl.float32)
     for lead in tl.range(0, rows, R):
         row = lead + tl.arange(0, R)
         chunk = row // batch
@@ -214,36 +218,78 @@ def complex_taps_gradient(
         time = (now - d * T)[None, :] + i[:, None]
         inside = live[None, :] & (time < length)
         x_re = tl.load(x + sequence[None, :] + time, mask=inside, other=0.0)
-        x_im = tl.load(x + part + sequence[None, :] + time, mask=inside, other=0.0)
+        x_im = tl.load(x + size + sequence[None, :] + time, mask=inside, other=0.0)
         time = now[:, None] + i[None, :]
         inside = live[:, None] & (time < length)
-        z_re = tl.load(z + sequence[:, None] + time, mask=inside, other=0.0)
-        z_im = tl.load(z + part + sequence[:, None] + time, mask=inside, other=0.0)
-        re = tl.dot(x_re, z_re, re, input_precision=PRECISION)
-        re = tl.dot(x_im, z_im, re, input_precision=PRECISION)
-        re_im = tl.dot(x_re, z_im, re_im, input_precision=PRECISION)
-        im_re = tl.dot(x_im, z_re, im_re, input_precision=PRECISION)
+        with_re = tl.load(z + part * size + sequence[:, None] + time, mask=inside, other=0.0)
+        with_im = tl.load(z + (1 - part) * size + sequence[:, None] + time, mask=inside, other=0.0)
+        of_re = tl.dot(x_re, with_re, of_re, input_precision=PRECISION)
+        of_im = tl.dot(x_im, with_im, of_im, input_precision=PRECISION)
 
-    to = sums + (channel * 2 * blocks + block) * 2 * T + i
-    from_here, from_before = diagonal_sums(re, T)
+    to = sums + ((channel * 2 + part) * blocks + block) * 2 * T + i
+    from_here, from_before = diagonal_sums(of_re + of_im * (1 - 2 * part).to(tl.float32), T)
     tl.store(to, from_here)
     tl.store(to + T, from_before)
-    from_here, from_before = diagonal_sums(re_im - im_re, T)
-    tl.store(to + blocks * 2 * T, from_here)
-    tl.store(to + blocks * 2 * T + T, from_before)
 
 
-@functools.lru_cache(maxsize=16)
-def _matrices(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(2 T, T) twice: exp(-pi i (f + 1/2) s / T) as rows re, im of each frequency; and rows that make the outputs again."""
-    f, s = torch.arange(t, device=device).unsqueeze(1), torch.arange(t, device=device)
-    angle = ((2 * f + 1) * s % (4 * t)).double() * (math.pi / (2 * t))
-    both = torch.stack([angle.cos(), -angle.sin()], 1).view(2 * t, t)
-    return both.to(dtype), (both / t).to(dtype)
+@triton.jit
+def tap_spectra_gradient(
+    sums, out, first, last, first_block, blocks, width, F,
+    T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (H, 2 F, width): the gradient of P_d, d = first - 1, ..., last, from complex_taps_gradient's sums for the C_d.
+
+    The adjoint of C_d = P_d + i (-1)^f P_(d-1).
+    """
+    channel = tl.program_id(1).to(tl.int64)
+    sign = 1.0 - 2.0 * (channel % F % 2).to(tl.float32)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums += channel * 2 * blocks * 2 * T
+    re, im = of_lag(sums, first - 1 + at, first, last, first_block, blocks, T)
+    next_re, next_im = of_lag(sums, first + at, first, last, first_block, blocks, T)
+    to = out + channel * 2 * width + at
+    tl.store(to, re + sign * next_im, mask=at < width)
+    tl.store(to + width, im - sign * next_re, mask=at < width)
 
 
-SCRATCH = 1 << 26
-"""Bytes of spectra that a group of channels may always have."""
+@triton.jit
+def of_lag(sums, lag, first, last, first_block, blocks, T: tl.constexpr):
+    """Real and imaginary part at a lag: of the block where it begins, and of the next one, which also meets it."""
+    inside = (lag >= first) & (lag <= last)
+    # From the block before the first one on, so that no number is negative.
+    place = lag - (first_block - 1) * T
+    block = place // T
+    here = sums + (block - 1) * 2 * T + place % T
+    is_here = inside & (block >= 1) & (block <= blocks)
+    before = sums + block * 2 * T + T + place % T
+    is_before = inside & (block < blocks)
+    re = tl.load(here, mask=is_here, other=0.0) + tl.load(before, mask=is_before, other=0.0)
+    here += blocks * 2 * T
+    before += blocks * 2 * T
+    return re, tl.load(here, mask=is_here, other=0.0) + tl.load(before, mask=is_before, other=0.0)
+
+
+@triton.jit
+def inner_products(
+    u, pre, dy, post, out,
+    batch, length, u_b, u_h, pre_b, pre_h, dy_b, dy_h, post_b, post_h,
+    BLOCK: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr,
+):  # fmt: skip
+    """out[h, b] = sum_t (pre u)_t (post dy)_t: lag 0 of the taps' gradient, without the rounding of spectra."""
+    sequence = (tl.program_id(0) % batch).to(tl.int64)
+    channel = (tl.program_id(0) // batch).to(tl.int64)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in tl.range(0, length, BLOCK):
+        time = begin + tl.arange(0, BLOCK)
+        inside = time < length
+        x = tl.load(u + sequence * u_b + channel * u_h + time, mask=inside, other=0.0).to(tl.float32)
+        x *= tl.load(dy + sequence * dy_b + channel * dy_h + time, mask=inside, other=0.0).to(tl.float32)
+        if HAS_PRE:
+            x *= tl.load(pre + sequence * pre_b + channel * pre_h + time, mask=inside, other=0.0).to(tl.float32)
+        if HAS_POST:
+            x *= tl.load(post + sequence * post_b + channel * post_h + time, mask=inside, other=0.0).to(tl.float32)
+        total += x
+    tl.store(out + channel * batch + sequence, tl.sum(total, axis=0))
 
 
 @dataclass(frozen=True)
@@ -265,13 +311,19 @@ class Plan:
         t = t or block_length(length)
         blocks = up(-(-length // t), VECTOR)
         dtype, precision = operand(u.dtype)
+        if u.dtype == torch.float16:
+            # Three products in a row, each with its rounding, are too rough for float16 in plain tf32.
+            precision = "tf32x3"
         first, last = taps.lags()
-        # Spectra together no larger than half the inputs, if that is more than a trifle.
-        room = max(SCRATCH, u.numel() * u.element_size() // 2)
-        group = max(1, room // (buffers * 2 * batch * blocks * t * dtype.itemsize))
+        group = max(1, scratch(u) // (buffers * 2 * batch * blocks * t * dtype.itemsize))
         return cls(
             t, blocks, up(length, VECTOR), max(first // t, 1 - blocks), min(-(-last // t), blocks - 1), dtype, precision, group
         )
+
+    @property
+    def columns(self) -> int:
+        """Block lags first - 1 to last, and some more for whole vectors."""
+        return up(self.last + 2 - self.first, VECTOR)
 
     def groups(self, channels: int) -> list[slice]:
         count = -(-channels // self.group)
@@ -293,7 +345,7 @@ def _analyse(x: Tensor, gate: Tensor | None, t: int, blocks: int, dtype: torch.d
     k = min(t, 128 // dtype.itemsize)
     q, r = min(2 * t, 128), power(columns, 16, 128)
     analyse[(2 * t // q * triton.cdiv(columns, r) * channels,)](
-        x, some, _matrices(t, dtype, x.device)[0], out, length, blocks, columns, *row_strides(x, some),
+        x, some, matrices(t, dtype, x.device)[0], out, length, blocks, columns, *row_strides(x, some),
         T=t, Q=q, R=r, K=k, HAS_GATE=gate is not None, PRECISION=precision,
         num_warps=8 if q * r >= 1 << 14 else 4, num_stages=3,
     )  # fmt: skip
@@ -308,7 +360,7 @@ def _synthesise(spectra: Tensor, outs: list[Tensor], gates: list[Tensor | None],
     k = min(2 * t, 128 // spectra.dtype.itemsize)
     r, n = power(columns, 16, 128), min(t, 128)
     synthesise[(t // n * triton.cdiv(columns, r) * channels,)](
-        spectra, _matrices(t, spectra.dtype, spectra.device)[1], outs[0], some[0], outs[-1], some[-1],
+        spectra, matrices(t, spectra.dtype, spectra.device)[1], outs[0], some[0], outs[-1], some[-1],
         length, blocks, columns, *row_strides(outs[0], some[0], outs[-1], some[-1]),
         T=t, R=r, N=n, K=k, HAS_POST=gates[0] is not None, HAS_SECOND=len(outs) == 2, PRECISION=precision,
         num_warps=8 if r * n >= 1 << 13 else 4, num_stages=3,
@@ -316,10 +368,10 @@ def _synthesise(spectra: Tensor, outs: list[Tensor], gates: list[Tensor | None],
 
 
 def _tap_spectra(taps: Taps, plan: Plan) -> Tensor:
-    """P_d (H, 2 T, block lags + 1) in float32, of T taps from lag d T on each, d = first - 1, ..., last."""
-    t = plan.t
-    sequence = taps.sequence((plan.first - 1) * t, (plan.last + 1) * t - 1)
-    return _analyse(sequence.unsqueeze(0), None, t, plan.last + 2 - plan.first, torch.float32, plan.precision)
+    """P_d (H, 2 T, block lags + 1 and zeros) in float32, of T taps from lag d T on each, d = first - 1, ..., last."""
+    t, columns = plan.t, plan.columns
+    sequence = taps.sequence((plan.first - 1) * t, (plan.first - 1 + columns) * t - 1)
+    return _analyse(sequence.unsqueeze(0), None, t, columns, torch.float32, plan.precision)
 
 
 def _multiply(
@@ -343,7 +395,7 @@ def _multiply(
     width = up(center + min(n - first, plan.blocks) + k, VECTOR)
     table = torch.empty(channels, 2, copies, width, dtype=plan.dtype, device=spectra.device)
     spectrum_table[(triton.cdiv(width, 256), channels)](
-        tap_spectra, table, plan.last + 1 - plan.first, plan.first, center, width, plan.t,
+        tap_spectra, table, tap_spectra.shape[2], plan.last + 1 - plan.first, plan.first, center, width, plan.t,
         MIRROR=mirror, COPIES=copies, BLOCK=256, num_warps=2,
     )  # fmt: skip
     out = torch.empty_like(spectra)
@@ -359,31 +411,42 @@ def _tile(batch: int, plan: Plan) -> tuple[int, int, int, int, int, int]:
     while n > 16 and batch * -(-plan.blocks // n) < 64:
         n //= 2
     m = power(batch * -(-plan.blocks // n), 16, 64)
-    return m, n, min(n, 128 // plan.dtype.itemsize), 4 // plan.dtype.itemsize, 4, 2
+    if plan.dtype == torch.bfloat16:
+        return m, n, min(n, 32), 8 if n == 64 else 2, 4, 3
+    return m, n, min(n, 32), 1, 4, 2
 
 
 def _lags_of(w: Tensor, z: Tensor, batch: int, plan: Plan) -> Tensor:
-    """The gradient of taps (H, (block lags + 1) T) in float32, from lag (first - 1) T on, from inputs' and outputs' spectra."""
+    """The gradient of taps (H, columns T) in float32, from lag (first - 1) T on, from inputs' and outputs' spectra."""
     channels = w.shape[0] * plan.t
     t = power(plan.blocks, 16, 32 if plan.precision == "tf32x3" else 64)
-    first_block = plan.first // t
-    blocks = plan.last // t + 2 - first_block
+    chunks = -(-plan.blocks // t)
+    # Products at a distance in chunks where both have any.
+    first_block = max(plan.first // t, 1 - chunks)
+    blocks = min(plan.last // t + 1, chunks - 1) + 1 - first_block
     sums = torch.empty(channels, 2, blocks, 2, t, device=w.device)
-    r = power(batch * -(-plan.blocks // t), 16, 128 // plan.dtype.itemsize // 2)
-    complex_taps_gradient[(blocks * channels,)](
+    r = power(batch * chunks, 16, 128 // plan.dtype.itemsize // 2)
+    complex_taps_gradient[(2 * blocks * channels,)](
         w, z, sums, batch, plan.blocks, first_block, blocks, T=t, R=r, PRECISION=plan.precision, num_warps=4, num_stages=2
     )
-    lags = (sums[:, :, :-1, 0] + sums[:, :, 1:, 1]).view(-1, plan.t, 2, (blocks - 1) * t)
-    lags = lags[..., plan.first - first_block * t :][..., : plan.last + 1 - plan.first]
-    # The adjoint of C_d = P_d + i (-1)^f P_(d-1).
-    sign = 1 - 2 * (torch.arange(plan.t, device=w.device) % 2).unsqueeze(1)
-    spectra = torch.zeros(*lags.shape[:3], lags.shape[3] + 1, device=w.device)
-    spectra[..., 1:] = lags
-    spectra[:, :, 0, :-1] += sign * lags[:, :, 1]
-    spectra[:, :, 1, :-1] -= sign * lags[:, :, 0]
-    out = torch.empty(1, w.shape[0], spectra.shape[-1] * plan.t, device=w.device)
-    _synthesise(spectra, [out], [None], plan.t, spectra.shape[-1], plan.precision)
+    spectra = torch.empty(w.shape[0], 2 * plan.t, plan.columns, device=w.device)
+    tap_spectra_gradient[(triton.cdiv(plan.columns, 256), channels)](
+        sums, spectra, plan.first, plan.last, first_block, blocks, plan.columns, plan.t, T=t, BLOCK=256, num_warps=2
+    )
+    out = torch.empty(1, w.shape[0], plan.columns * plan.t, device=w.device)
+    _synthesise(spectra, [out], [None], plan.t, plan.columns, plan.precision)
     return out[0]
+
+
+def _lag_0(u: Tensor, dy: Tensor, pre: Tensor | None, post: Tensor | None) -> Tensor:
+    batch, channels, length = u.shape
+    out = torch.empty(channels, batch, device=u.device)
+    some_pre, some_post = u if pre is None else pre, dy if post is None else post
+    inner_products[(channels * batch,)](
+        u, some_pre, dy, some_post, out, batch, length, *row_strides(u, some_pre, dy, some_post),
+        BLOCK=power(length, 16, 2048), HAS_PRE=pre is not None, HAS_POST=post is not None,
+    )  # fmt: skip
+    return out.sum(1)
 
 
 def convolve(
@@ -439,7 +502,8 @@ def backward(
     gates = [along_time(pre), along_time(u)][: len(outs)]
     for some in plan.groups(channels):
         z = _analyse(dy_[:, some], None if post_ is None else post_[:, some], plan.t, plan.blocks, plan.dtype, plan.precision)
-        tap_spectra = _tap_spectra(taps.channels(some), plan)
+        if wanted.inputs or wanted.post:
+            tap_spectra = _tap_spectra(taps.channels(some), plan)
         if wanted.inputs:
             _write(_multiply(z, tap_spectra, batch, plan, True), outs, gates, some, plan)
         if not (wanted.taps or wanted.post):
@@ -450,4 +514,6 @@ def backward(
         del z
         if dpost is not None:
             _write(_multiply(w, tap_spectra, batch, plan, False), [dpost], [along_time(dy)], some, plan)
+    if lags is not None and taps.skip is not None:
+        lags[:, -first] = _lag_0(u_, dy_, pre_, post_)
     return Gradients(du, dpre, dpost, lags)

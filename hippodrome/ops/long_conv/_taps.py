@@ -37,13 +37,13 @@ class Taps:
 
     def sequence(self, first: int, last: int) -> Tensor:
         """The taps of lags first to last, (H, lags) in float32; zero where there is none."""
-        least, greatest = self.lags()
-        taps = F.pad(self.kernel.float(), (-least, 0))
+        taps = torch.zeros(self.kernel.shape[0], last + 1 - first, device=self.kernel.device)
+        taps[:, -first : self.kernel.shape[1] - first] = self.kernel
         if self.kernel_rev is not None:
-            taps[:, : 1 - least] += self.kernel_rev.float().flip(1)
+            taps[:, 1 - self.kernel_rev.shape[1] - first : 1 - first] += self.kernel_rev.flip(1)
         if self.skip is not None:
-            taps[:, -least] += self.skip.float()
-        return F.pad(taps, (least - first, last - greatest))
+            taps[:, -first] += self.skip
+        return taps
 
 
 class Wanted(NamedTuple):
@@ -70,6 +70,15 @@ def operand(dtype: torch.dtype) -> tuple[torch.dtype, str]:
         torch.float16: (torch.float32, "tf32"),
         torch.float32: (torch.float32, "tf32x3"),
     }[dtype]
+
+
+SCRATCH = 1 << 26
+"""Bytes of intermediate results that a call may always have at a time."""
+
+
+def scratch(u: Tensor) -> int:
+    """Bytes of intermediate results at a time: the peak stays at a fifth of what transforms of all rows at once need."""
+    return max(SCRATCH, u.numel() * (3 if u.element_size() == 2 else 1))
 
 
 def vectors(t: Tensor, length: int) -> Tensor:

@@ -58,70 +58,130 @@ def tap_table(
 
 
 @triton.jit
+def place(tile, batch, chunks, M: tl.constexpr):
+    """Chunk and sequence of a tile's rows (sequence, chunk), and the first and the last chunk among them."""
+    row = tile * M + tl.arange(0, M)
+    chunk = row // batch
+    return chunk, (row - chunk * batch).to(tl.int64), tile * M // batch, tl.minimum((tile * M + M - 1) // batch, chunks - 1)
+
+
+@triton.jit
+def inputs(u, pre, row, pre_row, start, ahead, live, length, HAS_PRE: tl.constexpr, OPERAND: tl.constexpr):
+    """pre u of each row, `ahead` from its start."""
+    time = start[:, None] + ahead[None, :]
+    inside = live[:, None] & (time >= 0) & (time < length)
+    w = tl.load(u + row[:, None] + time, mask=inside, other=0.0)
+    if HAS_PRE:
+        w = w.to(tl.float32) * tl.load(pre + pre_row[:, None] + time, mask=inside, other=0.0).to(tl.float32)
+    return w.to(OPERAND)
+
+
+@triton.jit
+def tile_of_taps(table, column, ahead, COPIES: tl.constexpr):
+    """T_x; `ahead` x + i."""
+    return tl.load(table + tl.max_contiguous(tl.multiple_of(column[None, :] + ahead[:, None], (COPIES, 1)), (COPIES, 1)))
+
+
+@triton.jit
+def write(y, out, row, post, post_row, time, inside, HAS_POST: tl.constexpr):
+    if HAS_POST:
+        y *= tl.load(post + post_row[:, None] + time, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] + time, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def toeplitz(
     u, pre, table, out, post, out2, post2,
     batch, length, out_length, first, last, center, width,
     u_b, u_h, pre_b, pre_h, out_b, out_h, post_b, post_h, out2_b, out2_h, post2_b, post2_h,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COPIES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COPIES: tl.constexpr, PAIR: tl.constexpr,
     HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_SECOND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = post y and, HAS_SECOND, out2 = post2 y, over M rows of N outputs of a channel; first, last: the extreme lags.
 
-    Later chunks have more inputs to read, so a channel begins with them.
+    Later chunks have more inputs to read, so a channel begins with them. PAIR: two tiles of rows, which share what they read
+    of the taps; each goes alone where the other one's inputs have not begun or are over.
     """
     chunks = tl.cdiv(length, N)
-    tiles = tl.cdiv(chunks * batch, M)
+    tiles = tl.cdiv(chunks * batch, M * 2 if PAIR else M)
     channel = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) % tiles
-    row = tile * M + tl.arange(0, M)
-    chunk = row // batch
-    sequence = (row - chunk * batch).to(tl.int64)
+    tile = tile * 2 if PAIR else tile
+    chunk, sequence, earliest, latest = place(tile, batch, chunks, M)
     start = chunk * N
-    live = row < chunks * batch
+    live = chunk < chunks
 
-    earliest = tile * M // batch * N
-    latest = tl.minimum((tile * M + M - 1) // batch, chunks - 1) * N
     # The distances at which some row meets both an input and a tap, from a multiple of K.
-    begin = tl.maximum(-last, -latest)
-    begin = -((-begin + K - 1) // K) * K
-    end = tl.minimum(N - first, length - earliest)
+    begin = -tl.cdiv(tl.minimum(last, latest * N), K) * K
+    end = tl.minimum(N - first, length - earliest * N)
 
     i = tl.arange(0, K)
     j = tl.arange(0, N)
-    u_row = u + sequence * u_b + channel * u_h
-    pre_row = pre + sequence * pre_b + channel * pre_h
-    column = channel * COPIES * width + (j % COPIES) * width + (center - j + j % COPIES)
+    u += channel * u_h
+    pre += channel * pre_h
+    table += channel * COPIES * width
+    column = (j % COPIES) * width + (center - j + j % COPIES)
+    operand: tl.constexpr = table.dtype.element_ty
 
     y = tl.zeros((M, N), dtype=tl.float32)
-    for x in tl.range(begin, end, K):
-        time = start[:, None] + (x + i)[None, :]
-        inside = live[:, None] & (time >= 0) & (time < length)
-        w = tl.load(u_row[:, None] + time, mask=inside, other=0.0)
-        if HAS_PRE:
-            w = w.to(tl.float32) * tl.load(pre_row[:, None] + time, mask=inside, other=0.0).to(tl.float32)
-        at = tl.max_contiguous(tl.multiple_of(column[None, :] + (x + i)[:, None], (COPIES, 1)), (COPIES, 1))
-        y = tl.dot(w.to(table.dtype.element_ty), tl.load(table + at), y, input_precision=PRECISION)
+    apart = begin
+    if PAIR:
+        chunk_, sequence_, earliest_, latest_ = place(tile + 1, batch, chunks, M)
+        start_ = chunk_ * N
+        live_ = chunk_ < chunks
+        y_ = tl.zeros((M, N), dtype=tl.float32)
+        for x in tl.range(-tl.cdiv(tl.minimum(last, latest_ * N), K) * K, begin, K):
+            w = inputs(u, pre, sequence_ * u_b, sequence_ * pre_b, start_, x + i, live_, length, HAS_PRE, operand)
+            y_ = tl.dot(w, tile_of_taps(table, column, x + i, COPIES), y_, input_precision=PRECISION)
+        apart += tl.cdiv(tl.maximum(tl.minimum(N - first, length - earliest_ * N) - begin, 0), K) * K
+        for x in tl.range(begin, apart, K):
+            taps = tile_of_taps(table, column, x + i, COPIES)
+            w = inputs(u, pre, sequence * u_b, sequence * pre_b, start, x + i, live, length, HAS_PRE, operand)
+            y = tl.dot(w, taps, y, input_precision=PRECISION)
+            w = inputs(u, pre, sequence_ * u_b, sequence_ * pre_b, start_, x + i, live_, length, HAS_PRE, operand)
+            y_ = tl.dot(w, taps, y_, input_precision=PRECISION)
+    for x in tl.range(apart, end, K):
+        w = inputs(u, pre, sequence * u_b, sequence * pre_b, start, x + i, live, length, HAS_PRE, operand)
+        y = tl.dot(w, tile_of_taps(table, column, x + i, COPIES), y, input_precision=PRECISION)
 
+    out += channel * out_h
+    post += channel * post_h
+    out2 += channel * out2_h
+    post2 += channel * post2_h
     time = start[:, None] + j[None, :]
     inside = live[:, None] & (time < out_length)
-    value = y
-    if HAS_POST:
-        gate = tl.load(post + (sequence * post_b + channel * post_h)[:, None] + time, mask=inside, other=0.0)
-        value = y * gate.to(tl.float32)
-    tl.store(out + (sequence * out_b + channel * out_h)[:, None] + time, value.to(out.dtype.element_ty), mask=inside)
+    write(y, out, sequence * out_b, post, sequence * post_b, time, inside, HAS_POST)
     if HAS_SECOND:
-        gate = tl.load(post2 + (sequence * post2_b + channel * post2_h)[:, None] + time, mask=inside, other=0.0)
-        value = y * gate.to(tl.float32)
-        tl.store(out2 + (sequence * out2_b + channel * out2_h)[:, None] + time, value.to(out2.dtype.element_ty), mask=inside)
+        write(y, out2, sequence * out2_b, post2, sequence * post2_b, time, inside, True)
+    if PAIR:
+        time = start_[:, None] + j[None, :]
+        inside = live_[:, None] & (time < out_length)
+        write(y_, out, sequence_ * out_b, post, sequence_ * post_b, time, inside, HAS_POST)
+        if HAS_SECOND:
+            write(y_, out2, sequence_ * out2_b, post2, sequence_ * post2_b, time, inside, True)
 
 
 @triton.jit
 def diagonal_sums(x, T: tl.constexpr):
-    """Sums of a T x T tile along its diagonals: over column - row = j, and over column - row = j - T, for j < T."""
-    i = tl.arange(0, T)
-    turned = i[:, None] + i[None, :]
-    x = tl.gather(x, turned % T, axis=1)
-    return tl.sum(tl.where(turned < T, x, 0.0), axis=0), tl.sum(tl.where(turned < T, 0.0, x), axis=0)
+    """Sums of a T x T tile along its diagonals: over column - row = j, and over column - row = j - T, for j < T.
+
+    First within tiles of one warp's width, where a row turns by one exchange among the warp; then over those tiles.
+    """
+    P: tl.constexpr = min(T, 32)
+    N: tl.constexpr = T // P
+    i = tl.arange(0, P)
+    turned = tl.reshape(i[:, None] + i[None, :], (1, P, 1, P))
+    x = tl.gather(tl.reshape(x, (N, P, N, P)), tl.broadcast_to(turned % P, (N, P, N, P)), axis=3)
+    upper = tl.sum(tl.where(turned < P, x, 0.0), axis=1)
+    lower = tl.sum(tl.where(turned < P, 0.0, x), axis=1)
+
+    n = tl.arange(0, N)
+    at = tl.reshape(n[:, None] + n[None, :], (N, N, 1))
+    upper = tl.gather(upper, tl.broadcast_to(at % N, (N, N, P)), axis=1)
+    lower = tl.gather(lower, tl.broadcast_to((at + 1) % N, (N, N, P)), axis=1)
+    here = tl.sum(tl.where(at < N, upper, 0.0), axis=0) + tl.sum(tl.where(at + 1 < N, lower, 0.0), axis=0)
+    before = tl.sum(tl.where(at < N, 0.0, upper), axis=0) + tl.sum(tl.where(at + 1 < N, 0.0, lower), axis=0)
+    return tl.reshape(here, (T,)), tl.reshape(before, (T,))
 
 
 @triton.jit
@@ -182,17 +242,17 @@ def convolve(
     posts: tuple[Tensor | None, ...] = (None,),
     *,
     transposed: bool = False,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int, int, bool] | None = None,
 ) -> list[Tensor]:
     """For each of `posts` post y, y the convolution of pre u (B, H, L) with the taps, or with their mirror image.
 
-    tile: M, N, K, warps and stages of the program, to measure them.
+    tile: M, N, K, warps, stages and PAIR of the program, to measure them.
     """
     batch, channels, out_length = u.shape
     length = up(out_length, VECTOR)
     dtype, precision = operand(u.dtype)
     first, last = taps.lags(transposed)
-    m, n, k, warps, stages = tile or _tile(batch, length, precision, dtype)
+    m, n, k, warps, stages, pair = tile or _tile(batch, length, dtype, precision, pre is not None)
     # A tile of outputs meets inputs from its own beginning back to the first of all, and ahead to the last of all.
     center = up(min(last, length), k) + n
     width = up(center + min(n - first, length) + k, VECTOR)
@@ -209,20 +269,23 @@ def convolve(
     u, pre = vectors(u, length), None if pre is None else vectors(pre, length)
     gates = [along_time(post) for post in posts]
     some_pre, some_gates = u if pre is None else pre, [outs[0] if gate is None else gate for gate in gates]
-    toeplitz[(triton.cdiv(triton.cdiv(length, n) * batch, m) * channels,)](
+    toeplitz[(triton.cdiv(triton.cdiv(length, n) * batch, 2 * m if pair else m) * channels,)](
         u, some_pre, table, outs[0], some_gates[0], outs[-1], some_gates[-1],
         batch, length, out_length, first, last, center, width,
         *row_strides(u, some_pre, outs[0], some_gates[0], outs[-1], some_gates[-1]),
-        M=m, N=n, K=k, COPIES=copies, HAS_PRE=pre is not None, HAS_POST=gates[0] is not None, HAS_SECOND=len(posts) == 2,
-        PRECISION=precision, num_warps=warps, num_stages=stages,
+        M=m, N=n, K=k, COPIES=copies, PAIR=pair, HAS_PRE=pre is not None, HAS_POST=gates[0] is not None,
+        HAS_SECOND=len(posts) == 2, PRECISION=precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outs
 
 
-def _tile(batch: int, length: int, precision: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+def _tile(batch: int, length: int, dtype: torch.dtype, precision: str, gated: bool) -> tuple[int, int, int, int, int, bool]:
+    """Pairs pay where sums are long, and where both tiles' inputs fit beside each other three times: without a gate."""
     n = power(length, 16, 64 if precision == "tf32x3" else 128)
-    m = power(batch * -(-length // n), 16, 128)
-    return m, n, min(n, 128 // dtype.itemsize), 8 if m * n >= 1 << 13 else 4, 3
+    rows = batch * -(-length // n)
+    m = power(rows, 16, 128)
+    pair = dtype == torch.bfloat16 and not gated and n == 128 and rows >= 1024
+    return m, n, min(n, 128 // dtype.itemsize), 8 if m * n >= 1 << 13 else 4, 3, pair
 
 
 def backward(dy: Tensor, u: Tensor, taps: Taps, pre: Tensor | None, post: Tensor | None, wanted: Wanted) -> Gradients:

@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def _triton(
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
 ) -> Tensor:
+    if u.ndim == 3 and pre_gate is None and post_gate is None:
+        return _conv(u, kernel, kernel_rev, skip, None, None)
     shape = torch.broadcast_shapes(*(t.shape for t in (u, pre_gate, post_gate) if t is not None))
     rows = (math.prod(shape[:-2]), *shape[-2:])
     pre, post = (t if t is None else t.expand(shape).reshape(rows) for t in (pre_gate, post_gate))
@@ -113,23 +115,32 @@ def _conv_backward(
     want_post: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, kernel, kernel_rev, skip, pre and post; without elements where there is none or it is not wanted."""
-    empties = _fake_backward(dy, u, kernel, kernel_rev, skip, pre, post, want_inputs, want_taps, want_post)
     if not u.numel():
-        for t in empties:
-            t.zero_()
-        return empties
-    _, dkernel, drev, dskip, _, _ = empties
+        shapes = _fake_backward(dy, u, kernel, kernel_rev, skip, pre, post, want_inputs, want_taps, want_post)
+        return _six(t.zero_() for t in shapes)
     taps = _taps(u.shape[-1], kernel, kernel_rev, skip)
     grads = _path("backward", u, taps).backward(dy, u, taps, pre, post, Wanted(want_inputs, want_taps, want_post))
+    dkernel = drev = dskip = None
     if grads.lags is not None:
         back = -taps.lags()[0]
-        dkernel = F.pad(grads.lags[:, back:], (0, kernel.shape[1] - taps.kernel.shape[1])).to(kernel.dtype)
+        dkernel = _padded(grads.lags[:, back:], kernel)
         if kernel_rev is not None:
-            drev = F.pad(grads.lags[:, : back + 1].flip(1), (0, kernel_rev.shape[1] - back - 1)).to(kernel_rev.dtype)
+            drev = _padded(grads.lags[:, : back + 1].flip(1), kernel_rev)
         if skip is not None:
             dskip = grads.lags[:, back].to(skip.dtype, copy=True)
-    du, dpre, dpost = (u.new_empty(0) if g is None else g for g in grads[:3])
-    return du, dkernel, drev, dskip, dpre, dpost
+    du, dpre, dpost = grads[:3]
+    return _six(u.new_empty(0) if g is None else g for g in (du, dkernel, drev, dskip, dpre, dpost))
+
+
+def _six(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d, e, f = tensors
+    return a, b, c, d, e, f
+
+
+def _padded(grad: Tensor, like: Tensor) -> Tensor:
+    """grad (H, lags) with zeros for the taps that met nothing."""
+    missing = like.shape[1] - grad.shape[1]
+    return (F.pad(grad, (0, missing)) if missing else grad.contiguous()).to(like.dtype)
 
 
 @_conv_backward.register_fake
