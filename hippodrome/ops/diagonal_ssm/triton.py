@@ -18,37 +18,27 @@ PRODUCTS = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.
 """Dtype of inputs -> dtype of tables and of the operands of products. States of large inputs would overflow in fp16, so its products are
 in tf32, which rounds as finely; those of fp32 are three of tf32, which is exact to 1e-6."""
 
-STAGES = 1
 PROGRAMS = 264
 """Programs from which on a GPU is busy: below, sequences are cut into pieces."""
+SHORTEST = 8
+"""Fewest chunks of a piece."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel is laid out: R columns of T tokens, J successive chunks for each of Q rows; N padded modes; W groups of warps."""
+    """How a kernel is laid out: R rows, chunks of T tokens, N padded modes."""
 
     R: int
-    J: int
-    W: int
     T: int
     N: int
     num_warps: int
     num_stages: int
 
-    @property
-    def Q(self) -> int:
-        return self.R // self.J
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a row that are computed at once."""
-        return self.T * self.J
-
     def pieces(self, batch: int, channels: int, length: int) -> tuple[int, int]:
         """How many pieces every sequence is cut into, and how many tokens a piece has."""
-        wanted = max(-(-self.Q // batch) if batch < self.Q else 1, PROGRAMS * self.Q // (channels * batch))
-        groups = max(1, min(wanted, length // (4 * self.tokens)))
-        span = -(-length // (groups * self.tokens)) * self.tokens
+        wanted = max(self.R // batch, PROGRAMS * self.R // (channels * batch), 1)
+        groups = max(1, min(wanted, length // (SHORTEST * self.T)))
+        span = -(-length // (groups * self.T)) * self.T
         return -(-length // span), span
 
 
@@ -56,20 +46,16 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tiling(batch: int, modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
-    """The layout for `batch` sequences. Columns that no row fills take successive chunks, at most eight within a thread."""
+def tiling(modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
+    """The layout of the kernels for this many modes."""
     half = dtype == torch.bfloat16
     n = max(32 if half else 16, _power_of_two(modes))
     chunk = 64 if n <= 32 else 32 if n <= 64 else 16
     if dtype == torch.float32:
         chunk = min(chunk, 32)
-    columns, warps, stages = 16, 8 if n > 64 else 4, 1
     if half and n <= 32:
-        columns, warps, stages = (64, 8, 1) if backward else (64, 4, 3)
-    # Within a thread lie the columns of its group of warps above the low three bits.
-    groups = 2 if warps == 8 and columns >= 32 else 1
-    rows = min(columns, max(8 * groups, _power_of_two(batch)))
-    return Tiling(columns, columns // rows, groups, chunk, n, warps, stages)
+        return Tiling(64, chunk, n, 4, 2 if backward else 3)
+    return Tiling(16, chunk, n, 8 if n > 64 else 4, 1)
 
 
 def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
@@ -136,8 +122,8 @@ def fused(
             for at, with_skip in ((slice(MODES // 2), skip), (slice(MODES // 2, None), None))
         ]
         return parts[0][0] + parts[1][0], torch.cat([part[1] for part in parts], -1) if return_state else None
-    plan = tiling(batch, modes, u.dtype)
-    if taps is not None and taps.shape[1] > min(plan.T, tiling(batch, modes, u.dtype, backward=True).T):
+    plan = tiling(modes, u.dtype)
+    if taps is not None and taps.shape[1] > min(plan.T, tiling(modes, u.dtype, backward=True).T):
         signal = u if past is None else torch.cat([past.to(u.dtype), u], -1)
         u, taps, past = long_conv(signal, taps)[..., signal.shape[-1] - u.shape[-1] :], None, None
     log_pairs, weight_pairs = (torch.view_as_real(t.to(torch.complex64).contiguous()) for t in (log_modes, weights))
@@ -173,25 +159,52 @@ def _fused(
     state: Tensor | None,
     carry: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs like u, and with `carry` the state (B, H, N, 2) before the last chunks, of which there are `Tiling.tokens` tokens."""
+    """Outputs like u, and with `carry` the state (B, H, N, 2) before the last chunk."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
     batch, channels, length = u.shape
-    plan = tiling(batch, log_modes.shape[1], u.dtype)
+    plan = tiling(log_modes.shape[1], u.dtype)
     groups, span = plan.pieces(batch, channels, length)
-    tables = _prepare(plan, log_modes, weights, skip, span, u.dtype, backward=False)
+    tables = _prepare(plan, log_modes, weights, skip, groups, span, u.dtype, backward=False)
     y, after = _outputs(u, log_modes, carry)
     begin = _begin(plan, u, pre, taps, weights, past, state, tables, 2)
-    kernels.forward[channels, -(-batch * groups // plan.Q)](
+    kernels.forward[channels, -(-batch * groups // plan.R)](
         u, _or(pre, u), _or(post, u), _or(past, u), y, tables[0], _or(taps, tables[0]), weights, *tables[1:], _or(begin, tables[0]), after,
-        batch * groups, groups, span, length, log_modes.shape[1], *_taps_and_past(taps, past), _done(plan, length),
+        tables[1], batch * groups, groups, span, length, log_modes.shape[1], *_taps_and_past(taps, past), _done(plan, length),
         *u.stride(), *_or(pre, u).stride(), *_or(post, u).stride(), *_or(past, u).stride()[:2], *y.stride(),
-        R=plan.R, J=plan.J, W=plan.W, T=plan.T, N=plan.N, COUNT=2,
-        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
-        HAS_STATE=begin is not None, CARRY=carry, OUTPUT=True, **_arithmetic(u.dtype),
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None, COUNT=2,
+        HAS_STATE=begin is not None, CARRY=carry, OUTPUT=True, TRACE=False, ALIKE=_alike(u, pre, post), **_layout(plan, u.dtype),
     )  # fmt: skip
     return y, after
+
+
+@_fused.register_fake
+def _(u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: bool) -> Any:
+    return _outputs(u, log_modes, carry)
+
+
+def _outputs(u: Tensor, log_modes: Tensor, carry: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), log_modes.new_empty(u.shape[0] if carry else 0, *log_modes.shape)
+
+
+def _walk(
+    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None, begin: Tensor | None,
+    tables: tuple[Tensor, Tensor, Tensor], count: int, after: Tensor | None, trace: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Walk along the inputs without outputs: the states after all rows into `after`, or those before all chunks and FIR(u)."""
+    from hippodrome.ops.diagonal_ssm import _kernels as kernels
+
+    batch, channels, length = u.shape
+    groups, span = plan.pieces(batch, channels, length)
+    states, x = trace or (tables[1], u)
+    kernels.forward[channels, -(-batch * groups // plan.R)](
+        u, _or(pre, u), u, _or(past, u), x, tables[0], _or(taps, tables[0]), weights, *tables[1:], _or(begin, tables[0]),
+        _or(after, tables[0]), states, batch * groups, groups, span, length, weights.shape[1], *_taps_and_past(taps, past), 0,
+        *u.stride(), *_or(pre, u).stride(), *u.stride(), *_or(past, u).stride()[:2], *x.stride(),
+        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=False, HAS_PAST=past is not None, COUNT=count,
+        HAS_STATE=begin is not None, CARRY=after is not None, OUTPUT=False, TRACE=trace is not None, ALIKE=_alike(u, pre),
+        **_layout(plan, u.dtype),
+    )  # fmt: skip
 
 
 def _begin(
@@ -202,29 +215,21 @@ def _begin(
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
     batch, channels, length = u.shape
-    modes = weights.shape[1]
-    groups, span = plan.pieces(batch, channels, length)
+    groups, _ = plan.pieces(batch, channels, length)
     if groups == 1:
         return state
-    local, begin = (weights.new_empty(batch * groups, channels, modes, 2) for _ in range(2))
-    kernels.forward[channels, -(-batch * groups // plan.Q)](
-        u, _or(pre, u), u, _or(past, u), u, tables[0], _or(taps, tables[0]), weights, *tables[1:], local, local,
-        batch * groups, groups, span, length, modes, *_taps_and_past(taps, past), 0,
-        *u.stride(), *_or(pre, u).stride(), *u.stride(), *_or(past, u).stride()[:2], *u.stride(),
-        R=plan.R, J=plan.J, W=plan.W, T=plan.T, N=plan.N, COUNT=count,
-        HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=False, HAS_PAST=past is not None,
-        HAS_STATE=False, CARRY=True, OUTPUT=False, **_arithmetic(u.dtype), num_warps=plan.num_warps, num_stages=plan.num_stages,
-    )  # fmt: skip
+    local, begin = (weights.new_empty(batch * groups, *weights.shape) for _ in range(2))
+    _walk(plan, u, pre, taps, weights, past, None, tables, count, local, None)
     kernels.scan_groups[channels, batch](
-        local, begin, _or(state, local), local, tables[2], groups, modes, 1.0,
+        local, begin, _or(state, local), local, tables[2], groups, weights.shape[1], 1.0,
         N=plan.N, HAS_STATE=state is not None, REVERSE=False, HAS_END=False, num_warps=1,
     )  # fmt: skip
     return begin
 
 
 def _done(plan: Tiling, length: int) -> int:
-    """Tokens before the last `plan.tokens`."""
-    return (length - 1) // plan.tokens * plan.tokens
+    """Tokens before the last chunk."""
+    return (length - 1) // plan.T * plan.T
 
 
 @_fused.register_fake
@@ -258,51 +263,80 @@ def _fused_backward(
 
     batch, channels, length = u.shape
     modes = log_modes.shape[1]
-    plan = tiling(batch, modes, u.dtype, backward=True)
+    plan, ahead = tiling(modes, u.dtype, backward=True), tiling(modes, u.dtype)
     groups, span = plan.pieces(batch, channels, length)
-    tables = _prepare(plan, log_modes, weights, skip, span, u.dtype, backward=True)
-    first, wide, decay = tables
+    rows, done = batch * groups, _done(ahead, length)
+    tiles = -(-rows // plan.R)
+    tables = _prepare(plan, log_modes, weights, skip, groups, span, u.dtype, backward=True)
+    first, powers, decay = tables
     grads = _gradients(u, pre, post, taps, log_modes, weights, skip, state)
     du, dpre, dpost, dtaps, dmodes, dweights, dskip, dstate = grads
-    rows, done = batch * groups, _done(tiling(batch, modes, u.dtype), length)
-    tiles = -(-rows // plan.Q)
-    begin = _begin(plan, u, pre, taps, weights, past, state, tables, 4)
-    adjoint = None
-    shape = {"R": plan.R, "J": plan.J, "W": plan.W, "T": plan.T, "N": plan.N}
-    run = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_arithmetic(u.dtype)}
-    if groups > 1:
-        local, adjoint = (first.new_empty(rows, channels, modes, 2) for _ in range(2))
-        kernels.adjoints[channels, tiles](
-            dy, _or(post, u), weights, wide, decay, _or(dcarry, first), local, rows, groups, span, length, modes, done,
-            *dy.stride(), *_or(post, u).stride(), **shape, COUNT=4, HAS_POST=post is not None, HAS_CARRY=dcarry is not None, **run,
-        )  # fmt: skip
-        kernels.scan_groups[channels, batch](
-            local, adjoint, local, dstate, decay, groups, modes, -1.0,
-            N=plan.N, HAS_STATE=False, REVERSE=True, HAS_END=state is not None, num_warps=1,
-        )  # fmt: skip
-    states = wide.new_empty(channels, tiles, span // plan.tokens, 2 * plan.N, plan.R)
-    scratch = first.new_empty(channels, tiles, plan.T, plan.T)
-    halo = u.new_empty(rows, channels, plan.T if taps is not None else 0)
-    part_taps, part_first = (first.new_empty(channels, tiles, plan.T) for _ in range(2))
+
+    begin = _begin(ahead, u, pre, taps, weights, past, state, tables, 4)
+    states = powers.new_empty(channels, tiles, span // plan.T, plan.R, 2 * plan.N)
+    x, dx = (u, du) if taps is None else (torch.empty_like(u), torch.empty_like(u))
+    _walk(ahead, u, pre, taps, weights, past, begin, tables, 4, None, (states, x))
+    adjoint = _adjoint(plan, dy, dcarry, post, weights, state, dstate, tables, done)
+    scratch, part_first = first.new_empty(channels, tiles, plan.T, plan.T), first.new_empty(channels, tiles, plan.T)
     part_modes = first.new_empty(channels, tiles, 4, plan.N)
+    signals = (dy, x, _or(pre, x), _or(post, x), dx, x if pre is None else dpre, x if post is None else dpost)
     kernels.backward[channels, tiles](
-        dy, u, _or(pre, u), _or(post, u), _or(past, u), du, dpre, dpost, first, _or(taps, first), weights, wide, decay,
-        _or(begin, first), _or(adjoint, first), _or(dcarry, first), dstate, states, scratch, halo, part_taps, part_first, part_modes,
-        rows, groups, span, length, modes, *_taps_and_past(taps, past), done,
-        *dy.stride(), *u.stride(), *_or(pre, u).stride(), *_or(post, u).stride(), *_or(past, u).stride()[:2],
-        *du.stride(), *(dpre.stride() if pre is not None else du.stride()), *(dpost.stride() if post is not None else du.stride()),
-        **shape, HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
-        HAS_STATE=begin is not None, HAS_ADJOINT=adjoint is not None, HAS_CARRY=dcarry is not None,
-        HAS_DSTATE=state is not None and groups == 1, STAGES=STAGES, **run,
+        *signals, first, weights, powers, decay, states, _or(adjoint, first), _or(dcarry, first), dstate, scratch, part_first,
+        part_modes, rows, groups, span, length, modes, done, *(size for signal in signals for size in signal.stride()),
+        HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_ADJOINT=adjoint is not None, HAS_CARRY=dcarry is not None,
+        HAS_DSTATE=state is not None and groups == 1, ALIKE=_alike(x, *signals), **_layout(plan, u.dtype),
     )  # fmt: skip
-    if taps is not None and groups > 1:
-        kernels.mend[channels, batch * (groups - 1)](halo, taps, du, groups, span, taps.shape[1], *du.stride(), T=plan.T)
+    parts, part_taps = 1, first
+    if taps is not None:
+        parts, part_taps = _filter_backward(plan, u, past, dx, du, taps)
     kernels.finish[channels,](
         log_modes, weights, part_first, part_taps, part_modes, dmodes, dweights, dskip, dtaps,
-        modes, _taps_and_past(taps, past)[0], tiles,
+        modes, _taps_and_past(taps, past)[0], parts, tiles,
         T=plan.T, N=plan.N, HAS_SKIP=skip is not None, HAS_FIR=taps is not None,
     )  # fmt: skip
     return grads
+
+
+def _adjoint(
+    plan: Tiling, dy: Tensor, dcarry: Tensor | None, post: Tensor | None, weights: Tensor, state: Tensor | None, dstate: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor], done: int,
+) -> Tensor | None:  # fmt: skip
+    """The adjoints (rows, H, N, 2) after the pieces of all sequences, and into dstate that before them all. None: zero."""
+    from hippodrome.ops.diagonal_ssm import _kernels as kernels
+
+    batch, channels, length = dy.shape
+    groups, span = plan.pieces(batch, channels, length)
+    if groups == 1:
+        return None
+    local, adjoint = (weights.new_empty(batch * groups, *weights.shape) for _ in range(2))
+    kernels.adjoints[channels, -(-batch * groups // plan.R)](
+        dy, _or(post, dy), weights, *tables[1:], _or(dcarry, local), local, batch * groups, groups, span, length, weights.shape[1], done,
+        *dy.stride(), *_or(post, dy).stride(), HAS_POST=post is not None, HAS_CARRY=dcarry is not None, **_layout(plan, dy.dtype),
+    )  # fmt: skip
+    kernels.scan_groups[channels, batch](
+        local, adjoint, local, dstate, tables[2], groups, weights.shape[1], -1.0,
+        N=plan.N, HAS_STATE=False, REVERSE=True, HAS_END=state is not None, num_warps=1,
+    )  # fmt: skip
+    return adjoint
+
+
+def _filter_backward(plan: Tiling, u: Tensor, past: Tensor | None, dx: Tensor, du: Tensor, taps: Tensor) -> tuple[int, Tensor]:
+    """Fill du; the number of parts of the gradient of the taps, and those (H, parts, T)."""
+    from hippodrome.ops.diagonal_ssm import _kernels as kernels
+
+    batch, channels, length = u.shape
+    n_chunks = -(-length // plan.T)
+    n_tiles = -(-batch * n_chunks // plan.R)
+    parts = max(1, min(n_tiles, 4 * PROGRAMS // channels))
+    part_taps, scratch = taps.new_empty(channels, parts, plan.T), taps.new_empty(channels, parts, plan.T, plan.T)
+    layout = _layout(plan, u.dtype) | {"num_warps": 4}
+    del layout["N"]
+    kernels.filter_backward[channels, parts](
+        u, _or(past, u), dx, du, taps, scratch, part_taps, batch, n_chunks, length, *_taps_and_past(taps, past), n_tiles,
+        *u.stride(), *_or(past, u).stride()[:2], *dx.stride(), *du.stride(),
+        HAS_PAST=past is not None, ALIKE=_alike(u, dx, du), **layout,
+    )  # fmt: skip
+    return parts, part_taps
 
 
 @_fused_backward.register_fake
@@ -321,7 +355,7 @@ def _gradients(
 
 
 def _prepare(
-    plan: Tiling, log_modes: Tensor, weights: Tensor, skip: Tensor | None, span: int, dtype: torch.dtype, *, backward: bool
+    plan: Tiling, log_modes: Tensor, weights: Tensor, skip: Tensor | None, groups: int, span: int, dtype: torch.dtype, *, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables of all channels: first taps, tables of powers, powers of the decay. See `_kernels.prepare`."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
@@ -331,17 +365,26 @@ def _prepare(
     tables = log_modes.new_empty(channels, 4 if backward else 2, 2 * plan.N, plan.T, dtype=PRODUCTS[dtype])
     decay = log_modes.new_empty(channels, 2, 4, plan.N)
     kernels.prepare[channels,](
-        log_modes, weights, _or(skip, first), first, tables, decay, modes, span,
-        T=plan.T, N=plan.N, HAS_SKIP=skip is not None, BACKWARD=backward,
+        log_modes, weights, _or(skip, first), first, tables, decay, modes, span, T=plan.T, N=plan.N, HAS_SKIP=skip is not None,
+        BACKWARD=backward, EXACT=PRODUCTS[dtype] == torch.float32, PIECES=groups > 1,
     )  # fmt: skip
     return first, tables, decay
 
 
-def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+def _layout(plan: Tiling, dtype: torch.dtype) -> dict[str, Any]:
     import triton.language as tl
 
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    return {"KIND": kind, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    return {
+        "R": plan.R, "T": plan.T, "N": plan.N, "KIND": kind, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+    }  # fmt: skip
+
+
+def _alike(u: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel may use one set of addresses: all others, outputs like u included, lie like u."""
+    dense = torch.empty_like(u, device="meta").stride() == u.stride()
+    return dense and all(t is None or t.stride() == u.stride() for t in others)
 
 
 def _or(t: Tensor | None, other: Tensor) -> Tensor:
