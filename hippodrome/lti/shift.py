@@ -80,10 +80,12 @@ class Shift(LTI[ShiftState]):
     @torch.no_grad()
     def step_taps(self) -> Tensor:
         """(N, H): how a step weighs the input of so many tokens ago, the skip included."""
-        taps = self._taps().t().clone()
-        if self.D is not None:
-            taps[0] += self.D
-        return taps
+        return self.taps().t().contiguous()
+
+    def taps(self) -> Tensor:
+        """The kernel without its zeros, the skip in its first tap: (H, N)."""
+        taps = self._taps()
+        return taps if self.D is None else torch.cat([taps[:, :1] + self.D[:, None], taps[:, 1:]], 1)
 
     def _step(self, u: Tensor, state: ShiftState, taps: Tensor) -> tuple[Tensor, ShiftState]:
         with torch.autocast(u.device.type, enabled=False):

@@ -20,6 +20,7 @@ from hippodrome.lti._base import LTI, Diagonal, DiagonalState
 from hippodrome.lti.s4d import S4D
 from hippodrome.lti.shift import Shift, ShiftState
 from hippodrome.model import Mixer, Stepper
+from hippodrome.ops.h3 import gather, h3, outer
 from hippodrome.ops.h3_step import ages, h3_step
 from hippodrome.part import BadInput
 from hippodrome.state import State
@@ -72,15 +73,41 @@ class H3(Mixer[H3State]):
         self, x: Tensor, state: H3State | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, H3State | None]:
         q, k, v = (_channels_first(linear, x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        fused = isinstance(self.diagonal, Diagonal) and (self.shift is None or isinstance(self.shift, Shift))
+        mix = self._mix if fused and (state is None or lengths is None) else self._mix_in_turn
+        y, after = mix(q, k, v, state, lengths)
+        return self.output_linear(y.to(q.dtype).transpose(1, 2)), after
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, state: H3State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, H3State | None]:
+        """Both systems and both gates as one op."""
+        diagonal, shift = cast(Diagonal, self.diagonal), cast("Shift | None", self.shift)
+        with torch.autocast(q.device.type, enabled=False):
+            log_modes, weights = diagonal.modes()
+            taps = None if shift is None else shift.taps()
+            if state is None:
+                return h3(q, k, v, taps, log_modes, weights, skip=diagonal.D)[0], None
+            before = cast("ShiftState | None", state.shift)
+            y, z = h3(
+                q, k, v, taps, log_modes, weights, skip=diagonal.D, past=None if before is None else before.inputs,
+                state=cast(DiagonalState, state.diagonal).z, return_state=True,
+            )  # fmt: skip
+            assert z is not None
+            return y, H3State(None if shift is None or before is None else shift.advance(k, before), DiagonalState(z))
+
+    def _mix_in_turn(
+        self, q: Tensor, k: Tensor, v: Tensor, state: H3State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, H3State | None]:
+        """Any two systems, one after the other."""
         k, shift = _at_least_fp32(k), None
         if self.shift is not None:
             k, shift = self.shift.convolve(k, None if state is None else state.shift, lengths=lengths)
-        q, k, v = self._outer(q, k, v)
+        q, k, v = outer(q, k, v, q.shape[1] // self.head_dim)
         y, diagonal = self.diagonal.convolve(
             k, None if state is None else state.diagonal, pre_gate=v, post_gate=q, lengths=lengths
         )
-        out = self.output_linear(self._gather(y).to(q.dtype).transpose(1, 2))
-        return out, None if diagonal is None else H3State(shift, diagonal)
+        return gather(y), None if diagonal is None else H3State(shift, diagonal)
 
     def init_state(self, batch: int, max_len: int | None = None) -> H3State:
         shift = None if self.shift is None else self.shift.init_state(batch)
@@ -91,26 +118,14 @@ class H3(Mixer[H3State]):
         k, shift = _at_least_fp32(k), None
         if self.shift is not None:
             k, shift = self.shift.step(k, state.shift)
-        q, k, v = self._outer(q, k, v)
+        q, k, v = outer(q, k, v, q.shape[1] // self.head_dim)
         s, diagonal = self.diagonal.step(k * v, state.diagonal)
-        return self.output_linear(self._gather(q * s).to(q.dtype)), H3State(shift, diagonal)
+        return self.output_linear(gather(q * s).to(q.dtype)), H3State(shift, diagonal)
 
     def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[H3State]:
         if isinstance(self.diagonal, Diagonal) and (self.shift is None or isinstance(self.shift, Shift)):
             return _H3Stepper(self, self.shift, self.diagonal, state_dtype)
         return super().stepper(state_dtype)
-
-    def _outer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Signals (B, D, ...) as views (B, i, j, H, ...): k and q have an i and no j, v has a j and no i."""
-        p = self.head_dim
-        q, k, v = (signal.unflatten(1, (-1, p)).transpose(1, 2) for signal in (q, k, v))
-        shape = k.shape[0], p, p, *k.shape[2:]
-        return q.unsqueeze(2).expand(shape), k.unsqueeze(2).expand(shape), v.unsqueeze(1).expand(shape)
-
-    def _gather(self, y: Tensor) -> Tensor:
-        """(B, i, j, H, ...) -> (B, D, ...): the sum over i, heads outside and j inside."""
-        summed = y.squeeze(1) if self.head_dim == 1 else y.sum(1)
-        return summed.transpose(1, 2).flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_float64_confirms_that_the_rest_is_rounding(name):
     exact, _ = mixer.double()(golden["in/x"].double())
     single, _ = mixer.float()(golden["in/x"])
     assert relative_error(exact, golden["out/y"]) < 1e-5
-    assert relative_error(single, exact) < 5e-6
+    assert relative_error(single, exact) < 5.7e-6  # the authors' own
 
 
 @pytest.mark.parametrize("name", cases("h3_layer_?_step"))

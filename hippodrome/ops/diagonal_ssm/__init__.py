@@ -91,3 +91,4 @@ def diagonal_ssm(
 
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.diagonal_ssm import cpu as _cpu  # noqa: E402, F401
+from hippodrome.ops.diagonal_ssm import triton as _triton  # noqa: E402, F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,22 +59,21 @@ def tiling(modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
     return Tiling(16, chunk, n, 8 if n > 64 else 4, 1)
 
 
-def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
+def refusal(u: Tensor, log_modes: Tensor) -> str | None:
+    """Why these kernels cannot take inputs like u with these modes; None: they can."""
     if u.device.type != "cuda":
         return f"the tensor is on {u.device.type}"
     if u.dtype not in PRODUCTS:
         return f"dtype {u.dtype}: it takes {', '.join(str(dtype) for dtype in PRODUCTS)}"
     if log_modes.shape[1] > MODES:
         return f"{log_modes.shape[1]} modes are more than {MODES}"
-    return _no_triton()
-
-
-def _no_triton() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
+    return refusal(u, log_modes)
 
 
 @diagonal_ssm.backend("triton", why_not=_why_not)
@@ -116,12 +116,14 @@ def fused(
     batch, modes = u.shape[0], log_modes.shape[1]
     if modes > MODES // 2 and u.dtype == torch.float32:
         # The tables of all modes together are more than shared memory holds.
-        rest = {"taps": taps, "pre": pre, "post": post, "past": past, "return_state": return_state}
+        rest: dict[str, Any] = {"taps": taps, "pre": pre, "post": post, "past": past, "return_state": return_state}
         parts = [
             fused(u, log_modes[:, at], weights[:, at], state=None if state is None else state[..., at], skip=with_skip, **rest)
             for at, with_skip in ((slice(MODES // 2), skip), (slice(MODES // 2, None), None))
         ]
-        return parts[0][0] + parts[1][0], torch.cat([part[1] for part in parts], -1) if return_state else None
+        return parts[0][0] + parts[1][0], torch.cat(
+            [part[1] for part in parts if part[1] is not None], -1
+        ) if return_state else None
     plan = tiling(modes, u.dtype)
     if taps is not None and taps.shape[1] > min(plan.T, tiling(modes, u.dtype, backward=True).T):
         signal = u if past is None else torch.cat([past.to(u.dtype), u], -1)
@@ -179,7 +181,9 @@ def _fused(
 
 
 @_fused.register_fake
-def _(u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: bool) -> Any:
+def _(
+    u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: bool
+) -> Any:
     return _outputs(u, log_modes, carry)
 
 
@@ -239,10 +243,6 @@ def _(
     return _outputs(u, log_modes, carry)
 
 
-def _outputs(u: Tensor, log_modes: Tensor, carry: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u), log_modes.new_empty(u.shape[0] if carry else 0, *log_modes.shape)
-
-
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
 def _fused_backward(
     dy: Tensor,
@@ -257,7 +257,7 @@ def _fused_backward(
     past: Tensor | None,
     state: Tensor | None,
     carry: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Gradients of u, pre, post, taps, log_modes, weights, skip and state; of those not given they are empty."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
@@ -347,15 +347,23 @@ def _(dy: Any, dcarry: Any, u: Tensor, pre: Any, post: Any, taps: Any, log_modes
 def _gradients(
     u: Tensor, pre: Tensor | None, post: Tensor | None, taps: Tensor | None, log_modes: Tensor, weights: Tensor,
     skip: Tensor | None, state: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return log_modes.new_empty(0) if t is None else torch.empty_like(t)
 
-    return tuple(like(t) for t in (u, pre, post, taps, log_modes, weights, skip, state))
+    return [like(t) for t in (u, pre, post, taps, log_modes, weights, skip, state)]
 
 
 def _prepare(
-    plan: Tiling, log_modes: Tensor, weights: Tensor, skip: Tensor | None, groups: int, span: int, dtype: torch.dtype, *, backward: bool
+    plan: Tiling,
+    log_modes: Tensor,
+    weights: Tensor,
+    skip: Tensor | None,
+    groups: int,
+    span: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables of all channels: first taps, tables of powers, powers of the decay. See `_kernels.prepare`."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels

@@ -79,8 +79,8 @@ def h3(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs (B, D, L) in q's dtype, and the outgoing state of the diagonal systems if asked for.
 
-    q, k, v: (B, D, L), any real dtype and strides; taps: (D, T), the shift system's kernel with its skip in the first tap, None:
-    k' = k; log_modes, weights: (H, N) complex with H a divisor of D; skip: (H,); past: (B, D, P), the last keys before k, oldest
+    q, k, v: (B, D, L), any real dtype, any strides; taps: (D, T), the kernel of the shift, its skip in the first tap, None:
+    k' = k; log_modes, weights: (H, N) complex, H a divisor of D; skip: (H,); past: (B, D, P), the last keys before k, oldest
     first (those further back than P count as zeros); state: (B, p, p, H, N) complex. Arithmetic and state are at least float32.
     """
     return _reference(q, k, v, taps, log_modes, weights, skip=skip, past=past, state=state, return_state=return_state)
@@ -91,3 +91,7 @@ def _why_not(q: Tensor, *_: object, **__: object) -> str | None:
 
 
 h3.backend("cpu", why_not=_why_not)(_composed(long_conv, diagonal_ssm))
+
+
+# Backends register themselves; the reference must exist first.
+from hippodrome.ops.h3 import triton as _triton  # noqa: E402, F401
