@@ -14,7 +14,7 @@ import torch
 from triton.runtime import interpreter
 
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.long_conv import long_conv
+from hippodrome.ops.long_conv import _taps, long_conv
 from hippodrome.ops.long_conv import triton as backend
 
 CASES = {
@@ -25,6 +25,7 @@ CASES = {
     "more taps than tokens": {"shape": (2, 1, 63), "taps": 7, "back": 80},
     "many sequences": {"shape": (70, 1, 130), "taps": 130},
     "pairs of tiles": {"shape": (350, 1, 380), "taps": 380, "back": 150, "dtype": torch.bfloat16},
+    "groups of channels": {"shape": (17, 3, 130), "taps": 130, "gates": True},
     "bfloat16": {"shape": (2, 1, 256), "taps": 256, "dtype": torch.bfloat16},
     "float16 beyond its range": {"shape": (1, 2, 100), "taps": 100, "gates": True, "dtype": torch.float16, "scale": 3e3},
     "long and two-sided": {"shape": (1, 1, 2500), "taps": 2500, "back": 2500, "gates": True},
@@ -75,6 +76,7 @@ def main():
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
     backend.DEVICES, backend.forced = ("cpu",), sys.argv[1]
     # Short blocks: as many programs as they have tokens run one after the other here.
+    _taps.SCRATCH = 1 << 16
     backend.path("partitioned").block_length = lambda length: 16
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

@@ -18,6 +18,7 @@ Sources: Gardner (1995), partitioned convolution; FlashConv in H3 (Dao, Fu et al
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -306,7 +307,7 @@ class Plan:
     group: int
 
     @classmethod
-    def of(cls, u: Tensor, taps: Taps, t: int | None, buffers: int) -> Plan:
+    def of(cls, u: Tensor, taps: Taps, t: int | None) -> Plan:
         batch, _, length = u.shape
         t = t or block_length(length)
         blocks = up(-(-length // t), VECTOR)
@@ -315,7 +316,8 @@ class Plan:
             # Three products in a row, each with its rounding, are too rough for float16 in plain tf32.
             precision = "tf32x3"
         first, last = taps.lags()
-        group = max(1, scratch(u) // (buffers * 2 * batch * blocks * t * dtype.itemsize))
+        # Two spectra of a group's rows at a time, and the taps in several forms.
+        group = max(1, scratch(u) // (blocks * t * (2 * 2 * batch * dtype.itemsize + 24)))
         return cls(
             t, blocks, up(length, VECTOR), max(first // t, 1 - blocks), min(-(-last // t), blocks - 1), dtype, precision, group
         )
@@ -374,6 +376,13 @@ def _tap_spectra(taps: Taps, plan: Plan) -> Tensor:
     return _analyse(sequence.unsqueeze(0), None, t, columns, torch.float32, plan.precision)
 
 
+def _tap_spectra_by_group(taps: Taps, plan: Plan, batch: int) -> Callable[[slice], Tensor]:
+    """Beside many sequences the taps are small: of all channels at once."""
+    if batch < 16:
+        return lambda some: _tap_spectra(taps.channels(some), plan)
+    return _tap_spectra(taps, plan).__getitem__
+
+
 def _multiply(
     spectra: Tensor,
     tap_spectra: Tensor,
@@ -412,7 +421,7 @@ def _tile(batch: int, plan: Plan) -> tuple[int, int, int, int, int, int]:
         n //= 2
     m = power(batch * -(-plan.blocks // n), 16, 64)
     if plan.dtype == torch.bfloat16:
-        return m, n, min(n, 32), 8 if n == 64 else 2, 4, 3
+        return m, n, min(n, 32), 8 if n == 64 and batch >= 16 else 2, 4, 3
     return m, n, min(n, 32), 1, 4, 2
 
 
@@ -462,15 +471,17 @@ def convolve(
 
     t: the length of blocks, to measure it.
     """
-    plan = Plan.of(u, taps, t, 2)
+    plan = Plan.of(u, taps, t)
     outs = [empty(u) for _ in posts]
     u, pre = vectors(u, plan.length), None if pre is None else vectors(pre, plan.length)
     gates = [along_time(post) for post in posts]
+    tap_spectra = _tap_spectra_by_group(taps, plan, u.shape[0])
     for some in plan.groups(u.shape[1]):
         spectra = _analyse(u[:, some], None if pre is None else pre[:, some], plan.t, plan.blocks, plan.dtype, plan.precision)
-        product = _multiply(spectra, _tap_spectra(taps.channels(some), plan), u.shape[0], plan, transposed)
+        product = _multiply(spectra, tap_spectra(some), u.shape[0], plan, transposed)
         del spectra
         _write(product, outs, gates, some, plan)
+        del product
     return outs
 
 
@@ -490,7 +501,7 @@ def backward(
     t: int | None = None,
 ) -> Gradients:
     """Gradients from dy (B, H, L). Both spectra are made once and serve all of them."""
-    plan = Plan.of(u, taps, t, 3)
+    plan = Plan.of(u, taps, t)
     batch, channels = u.shape[:2]
     du, dpre = (empty(dy) if wanted.inputs else None), (empty(dy) if wanted.inputs and pre is not None else None)
     dpost = empty(u) if wanted.post else None
@@ -500,20 +511,21 @@ def backward(
     pre_, post_ = (g if g is None else vectors(g, plan.length) for g in (pre, post))
     outs = [out for out in (du, dpre) if out is not None]
     gates = [along_time(pre), along_time(u)][: len(outs)]
+    tap_spectra = _tap_spectra_by_group(taps, plan, batch)
     for some in plan.groups(channels):
         z = _analyse(dy_[:, some], None if post_ is None else post_[:, some], plan.t, plan.blocks, plan.dtype, plan.precision)
-        if wanted.inputs or wanted.post:
-            tap_spectra = _tap_spectra(taps.channels(some), plan)
         if wanted.inputs:
-            _write(_multiply(z, tap_spectra, batch, plan, True), outs, gates, some, plan)
+            _write(_multiply(z, tap_spectra(some), batch, plan, True), outs, gates, some, plan)
         if not (wanted.taps or wanted.post):
+            del z
             continue
         w = _analyse(u_[:, some], None if pre_ is None else pre_[:, some], plan.t, plan.blocks, plan.dtype, plan.precision)
         if lags is not None:
             lags[some] = _lags_of(w, z, batch, plan)[:, first - (plan.first - 1) * plan.t :][:, : last + 1 - first]
         del z
         if dpost is not None:
-            _write(_multiply(w, tap_spectra, batch, plan, False), [dpost], [along_time(dy)], some, plan)
+            _write(_multiply(w, tap_spectra(some), batch, plan, False), [dpost], [along_time(dy)], some, plan)
+        del w
     if lags is not None and taps.skip is not None:
         lags[:, -first] = _lag_0(u_, dy_, pre_, post_)
     return Gradients(du, dpre, dpost, lags)
