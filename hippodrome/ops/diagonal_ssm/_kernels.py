@@ -68,16 +68,6 @@ def _modes(log_modes, h, n, n_modes):
 
 
 @triton.jit
-def _powers(log_re, turns, N: tl.constexpr, T: tl.constexpr):
-    """exp(t log), t < T, (N, T): products of eight coarse and T / 8 fine ones."""
-    F: tl.constexpr = T // 8
-    a_re, a_im = _power(log_re[:, None], turns[:, None], F * tl.arange(0, 8)[None, :])
-    b_re, b_im = _power(log_re[:, None], turns[:, None], tl.arange(0, F)[None, :])
-    re, im = _times(a_re[:, :, None], a_im[:, :, None], b_re[:, None, :], b_im[:, None, :])
-    return tl.reshape(re, (N, T)), tl.reshape(im, (N, T))
-
-
-@triton.jit
 def _times(a_re, a_im, b_re, b_im):
     return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
 
@@ -107,7 +97,7 @@ def prepare(
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=n < n_modes, other=0.0)[:, None]
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=n < n_modes, other=0.0)[:, None]
 
-    re, im = _powers(log_re, turns, N, T)
+    re, im = _power(log_re[:, None], turns[:, None], t[None, :])
     re, im = tl.where(keep, re, 0.0), tl.where(keep, im, 0.0)
     tap = tl.sum(w_re * re - w_im * im, 0)
     if HAS_SKIP:
@@ -119,16 +109,19 @@ def prepare(
     size: tl.constexpr = 2 * N * T
     row = (n // 8 * 16 + n % 8)[:, None] * T
     tables += h * count * size
-    place = tables + row + (T - 1 - t)[None, :]
+    # In the order of memory: a reversed store is one of single numbers.
+    re, im = _power(log_re[:, None], turns[:, None], T - 1 - t[None, :])
+    re, im = tl.where(keep, re, 0.0), tl.where(keep, im, 0.0)
+    place = tables + row + t[None, :]
     tl.store(place, re.to(kind))
     tl.store(place + 8 * T, im.to(kind))
     if BACKWARD:
-        by = t[None, :].to(tl.float32)
+        by = (T - 1 - t)[None, :].to(tl.float32)
         tl.store(place + 2 * size, (by * re).to(kind))
         tl.store(place + 2 * size + 8 * T, (by * im).to(kind))
-    one_re, one_im = _power(log_re, turns, 1 + 0 * turns)
-    re, im = _times(re, im, one_re[:, None], one_im[:, None])
-    place = tables + size + row + t[None, :]
+    re, im = _power(log_re[:, None], turns[:, None], t[None, :] + 1)
+    re, im = tl.where(keep, re, 0.0), tl.where(keep, im, 0.0)
+    place += size
     tl.store(place, re.to(kind))
     tl.store(place + 8 * T, (-im).to(kind))
     if BACKWARD:
@@ -560,7 +553,7 @@ def finish(
         dw_im += tl.load(place + 3 * N)
 
     re, turns, _ = _modes(log_modes, h, n, n_modes)
-    p_re, p_im = _powers(re, turns, N, T)
+    p_re, p_im = _power(re[:, None], turns[:, None], t[None, :])
     real = n < n_modes
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=real, other=0.0)
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=real, other=0.0)

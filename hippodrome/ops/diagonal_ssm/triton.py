@@ -13,6 +13,7 @@ from torch import Tensor
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_states
 from hippodrome.ops.long_conv import long_conv
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 MODES = 256
 """Most complex modes a channel; beyond, states do not fit the registers."""
 PRODUCTS = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -55,7 +56,7 @@ def tiling(modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
     if dtype == torch.float32:
         chunk = min(chunk, 32)
     if half and n <= 32:
-        return Tiling(64, chunk, n, 4, 2 if backward else 3)
+        return Tiling(64, chunk, n, 8 if backward else 4, 2 if backward else 3)
     return Tiling(16, chunk, n, 8 if n > 64 else 4, 1)
 
 
@@ -67,9 +68,7 @@ def refusal(u: Tensor, log_modes: Tensor) -> str | None:
         return f"dtype {u.dtype}: it takes {', '.join(str(dtype) for dtype in PRODUCTS)}"
     if log_modes.shape[1] > MODES:
         return f"{log_modes.shape[1]} modes are more than {MODES}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    return None if HAS_TRITON else "triton is not installed"
 
 
 def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
