@@ -49,6 +49,9 @@ class SSM(Mixer[State]):
 
     def forward(self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State | None]:
         u = x.transpose(1, 2)
+        if torch.is_autocast_enabled(u.device.type):
+            # The norm before is an fp32 island; the system's input is what the other mixers' products make of theirs.
+            u = u.to(torch.get_autocast_dtype(u.device.type))
         if self.backward_system is None:
             y, after = self.system.convolve(u, state, lengths=lengths)
             return self._mix_channels(y.transpose(1, 2)), after

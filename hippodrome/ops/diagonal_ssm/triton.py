@@ -123,6 +123,7 @@ def fused(
         return parts[0][0] + parts[1][0], torch.cat(
             [part[1] for part in parts if part[1] is not None], -1
         ) if return_state else None
+    u, pre, post = (None if t is None else _time_last(t) for t in (u, pre, post))  # type: ignore[assignment]
     plan = tiling(modes, u.dtype)
     if taps is not None and taps.shape[1] > min(plan.T, tiling(modes, u.dtype, backward=True).T):
         signal = u if past is None else torch.cat([past.to(u.dtype), u], -1)
@@ -145,6 +146,11 @@ def fused(
         x = x * pre[..., done:].float()
     left = torch.exp((u.shape[2] - done) * log_modes.to(torch.complex128)).to(torch.complex64)
     return y, left * torch.view_as_complex(carry) + mode_states(log_modes, x)
+
+
+def _time_last(t: Tensor) -> Tensor:
+    """t (B, H, L) with time contiguous: a program reads one channel, and of anything else a sixteenth of what memory hands out."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused", mutates_args=(), device_types="cuda")
@@ -260,6 +266,8 @@ def _fused_backward(
     """Gradients of u, pre, post, taps, log_modes, weights, skip and state; of those not given they are empty."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
+    if dy.stride() != u.stride():
+        dy = torch.empty_like(u).copy_(dy)
     batch, channels, length = u.shape
     modes = log_modes.shape[1]
     plan, ahead = tiling(modes, u.dtype, backward=True), tiling(modes, u.dtype)
