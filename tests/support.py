@@ -1,7 +1,9 @@
 """What contract tests share: which configs to test, and how to compare."""
 
 import importlib
+import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 
 from hippodrome.part import Part, find, from_dict, names, to_dict
 from tests.golden_files import relative_error
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs Triton's interpreter, which is off where there is a GPU",
+)
+"""Marks tests that run Triton's programs on CPU tensors."""
 
 
 def every(slot: type[Part]) -> pytest.MarkDecorator:

@@ -1,18 +1,12 @@
 """A sum and its norm: the op against torch's modules, its kernel against the op."""
 
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.add_norm import add_norm
-from tests.support import assert_close
+from tests.support import assert_close, interpreted
 
 CASES = [(3, 64, True, True), (2, 100, True, False), (5, 33, False, False)]
 """Rows, width, centred, with a bias."""
@@ -44,29 +38,17 @@ def test_says_why_not():
     assert add_norm.explain(x, delta, weight, bias, 1e-5) == {"triton": "the tensors are on cpu", "reference": "ok"}
 
 
-INTERPRETED = """
-    import torch
-    from hippodrome.ops.add_norm import _kernels, add_norm
-    from tests.ops.test_add_norm import CASES, inputs
-    from tests.support import assert_close
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_kernel_equals_the_reference_in_the_interpreter(case, dtype, tolerance):
+    from hippodrome.ops.add_norm import _kernels
 
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        for case in CASES:
-            given = inputs(*case, dtype)
-            for found, expected in zip(
-                _kernels.launch(*given, 1e-3, case[2]), add_norm.reference(*given, 1e-3, centred=case[2]), strict=True
-            ):
-                assert found.dtype == dtype
-                assert_close(found.float(), expected.float(), tolerance)
-"""
-
-
-def test_the_kernel_equals_the_reference_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", inspect.cleandoc(INTERPRETED)]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    given = inputs(*case, dtype)
+    expected = add_norm.reference(*given, 1e-3, centred=case[2])
+    for found, right in zip(_kernels.launch(*given, 1e-3, case[2]), expected, strict=True):
+        assert found.dtype == dtype
+        assert_close(found.float(), right.float(), tolerance)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,6 @@
 """One attention step: the op against the whole attention, in place, and its kernels against the op."""
 
-import inspect
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +8,7 @@ import torch
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.attention_step import attention_step, slot_positions
 from hippodrome.part import BadInput
-from tests.support import assert_close
+from tests.support import assert_close, interpreted
 
 SHAPES = [
     # batch, heads, groups, width, slots, programs
@@ -91,32 +86,23 @@ def test_the_op_says_why_not():
         attention_step(*given)
 
 
-INTERPRETED = """
-    import torch
-    from hippodrome.ops.attention_step import _kernels, attention_step
-    from tests.ops.test_attention_step import FREQUENCY, SHAPES, inputs
-    from tests.support import assert_close
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_the_kernels_equal_the_reference_in_the_interpreter(shape, dtype, tolerance, monkeypatch):
+    """The interpreter's matrix product knows no bfloat16."""
+    from hippodrome.ops.attention_step import _kernels
 
-    _kernels._LEAST, _kernels._TILE, _kernels._GROUP_TILE = 16, 512, 512
-    # The interpreter's matrix product knows no bfloat16.
-    for dtype in (torch.float32, torch.float16):
-        for *shape, programs in SHAPES:
-            given = inputs(*shape, dtype)
-            turning = FREQUENCY if shape[1] == 4 else None
-            wanted = attention_step.reference(*given, turning)
-            q, k, v, keys, values, position = given
-            y = _kernels.launch(q, k, v, keys, values, position, turning, q.shape[2] ** -0.5, programs)
-            for found, expected in zip((y, keys, values), wanted, strict=True):
-                assert_close(found.float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-3)
-"""
-
-
-def test_the_kernels_equal_the_reference_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", inspect.cleandoc(INTERPRETED)]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    for name, size in (("_LEAST", 16), ("_TILE", 512), ("_GROUP_TILE", 512)):
+        monkeypatch.setattr(_kernels, name, size)
+    *shape, programs = shape
+    given = inputs(*shape, dtype)
+    turning = FREQUENCY if shape[1] == 4 else None
+    wanted = attention_step.reference(*given, turning)
+    q, k, v, keys, values, position = given
+    y = _kernels.launch(q, k, v, keys, values, position, turning, q.shape[2] ** -0.5, programs)
+    for found, expected in zip((y, keys, values), wanted, strict=True):
+        assert_close(found.float(), expected.float(), tolerance)
 
 
 @pytest.mark.gpu

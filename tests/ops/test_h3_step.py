@@ -1,18 +1,12 @@
 """One H3 step: the op against the equations written plainly, in place, and its kernel against the op."""
 
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.h3_step import ages, h3_step
 from hippodrome.part import BadInput
-from tests.support import assert_close
+from tests.support import assert_close, interpreted
 
 SHAPES = [
     # batch, heads, p, modes, taps
@@ -102,33 +96,22 @@ def test_a_state_stored_in_half_precision_stays_near():
     assert (outs[1] - outs[0]).norm() < 5e-2 * outs[0].norm()
 
 
-INTERPRETED = """
-    import torch
-    from hippodrome.ops.h3_step import _kernels, h3_step
-    from tests.ops.test_h3_step import SHAPES, inputs
-    from tests.support import assert_close
+@interpreted
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_the_kernel_equals_the_reference_in_the_interpreter(number):
+    from hippodrome.ops.h3_step import _kernels
 
-    for number, shape in enumerate(SHAPES):
-        dtype, stored = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2)[number % 3]
-        given = inputs(*shape, dtype, stored)
-        if number == 1:
-            given[6] = None
-        wanted = h3_step.reference(*given)
-        q, k, v, taps, modes, weights, skip, ring, position, state = given
-        pairs = torch.view_as_real(modes), torch.view_as_real(weights)
-        y = _kernels.launch(q, k, v, taps, *pairs, skip, ring, position, state, processors=1)
-        for found, expected in zip((y, ring, state), wanted, strict=True):
-            assert found.dtype == expected.dtype
-            assert_close(found.float(), expected.float(), 1e-5 if expected.dtype == torch.float32 else 1e-2)
-"""
-
-
-def test_the_kernel_equals_the_reference_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", inspect.cleandoc(INTERPRETED)]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    dtype, stored = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2)[number % 3]
+    given = inputs(*SHAPES[number], dtype, stored)
+    if number == 1:
+        given[6] = None
+    wanted = h3_step.reference(*given)
+    q, k, v, taps, modes, weights, skip, ring, position, state = given
+    pairs = torch.view_as_real(modes), torch.view_as_real(weights)
+    y = _kernels.launch(q, k, v, taps, *pairs, skip, ring, position, state, processors=1)
+    for found, expected in zip((y, ring, state), wanted, strict=True):
+        assert found.dtype == expected.dtype
+        assert_close(found.float(), expected.float(), 1e-5 if expected.dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,12 @@
+"""Without a GPU, Triton's programs run in its interpreter, on CPU tensors.
+
+Triton reads the variable when it is imported, so it is set before any test is. A test that needs the interpreter says so with
+`tests.support.interpreted`.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
