@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.diagonal_ssm import cpu, diagonal_ssm, mode_kernel, mode_powers, mode_states
 from tests.golden_files import as_complex, cases, load
@@ -239,7 +240,7 @@ print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, y.nbyt
 def test_flops_are_those_of_the_products():
     from torch.utils.flop_counter import FlopCounterMode
 
-    cpu.register_flops()
+    register_flops()
     batch, channels, modes, length = 2, 8, 4, 1 << 12
     u = signals(1, batch, channels, length)[0].float().requires_grad_()
     log_modes, weights = system(channels, modes, torch.complex64)

@@ -12,7 +12,6 @@ memory beyond inputs and outputs is a small part of theirs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hippodrome.ops._flops import count_flops
 from hippodrome.ops.diagonal_ssm import diagonal_ssm
 
 CHUNKS = ((16_384, 64), (1_024, 32), (0, 16))
@@ -35,7 +35,6 @@ WORKSPACE = 1 << 21
 LANES = 8
 """Most steps that the recurrence takes one by one in the signal's precision."""
 
-Shape = Sequence[int]
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 """toeplitz (H, T, T), owed (H, 2N, T) and in_map (H, T, 2N), the powers lambda^(T-1) ... lambda^0; last lambda^T."""
 
@@ -234,44 +233,31 @@ def _grad(ctx: Any, d_y: Tensor, d_after: Tensor, _: Tensor) -> tuple[Tensor | N
 _chunks.register_autograd(_grad, setup_context=_save)
 
 
-def _flops(u: Shape, pre: Any, post: Any, toeplitz: Any, owed: Shape, *rest: Any, **out: Any) -> int:
+def _flops(u: Tensor, pre: Any, post: Any, toeplitz: Any, owed: Tensor, *rest: Any, **out: Any) -> int:
     """Two a multiply-add of the matrix products."""
-    _, pairs, chunk = owed
-    return 2 * prod(u) * (chunk + 2 * pairs)
+    _, pairs, chunk = owed.shape
+    return 2 * u.numel() * (chunk + 2 * pairs)
 
 
 def _flops_backward(
     d_y: Any,
     d_after: Any,
     starts: Any,
-    u: Shape,
+    u: Tensor,
     pre: Any,
-    post: Shape | None,
+    post: Tensor | None,
     toeplitz: Any,
-    owed: Shape,
+    owed: Tensor,
     *rest: Any,
     **out: Any,
 ) -> int:
     """The states again, their gradients, the inputs', the tables'; with a gate behind, the outputs again."""
-    _, pairs, chunk = owed
+    _, pairs, chunk = owed.shape
     again = 0 if post is None else chunk + pairs
-    return 2 * prod(u) * (2 * chunk + 5 * pairs + again)
+    return 2 * u.numel() * (2 * chunk + 5 * pairs + again)
 
 
-def register_flops() -> None:
-    """Let torch's FlopCounterMode count the leaves. Its module imports Triton, so this waits until it is wanted."""
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    for leaf, formula in (
-        (torch.ops.hippodrome.diagonal_chunks, _flops),
-        (torch.ops.hippodrome.diagonal_chunks_backward, _flops_backward),
-    ):
-        if leaf not in flop_registry:
-            register_flop_formula(leaf)(formula)
-
-
-if "torch.utils.flop_counter" in sys.modules:
-    register_flops()
+count_flops({torch.ops.hippodrome.diagonal_chunks: _flops, torch.ops.hippodrome.diagonal_chunks_backward: _flops_backward})
 
 
 class _Segment(NamedTuple):

@@ -6,10 +6,8 @@ keeps the inputs and makes all else again.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hippodrome.ops._flops import count_flops, register_flops
 from hippodrome.ops.long_conv import _table, long_conv
 from hippodrome.ops.long_conv._taps import Taps, Wanted, empty
 
@@ -179,30 +178,20 @@ def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _conv.register_autograd(_grad, setup_context=_save)
 
 
-def _flops(shape: torch.Size, kernel: torch.Size, kernel_rev: torch.Size | None) -> int:
+def _flops(u: Tensor, kernel: Tensor, kernel_rev: Tensor | None) -> int:
     """The fewer operations of the direct sum and of real transforms of the zero-padded rows and of the product between."""
-    batch, channels, length = shape
-    taps = sum(min(length, s[1]) for s in (kernel, kernel_rev) if s is not None)
+    batch, channels, length = u.shape
+    taps = sum(min(length, k.shape[1]) for k in (kernel, kernel_rev) if k is not None)
     n = length + min(length, taps)
     return batch * channels * min(2 * taps * length, int(5 * n * math.log2(n)) + 3 * n)
 
 
-def _conv_flops(u: Any, kernel: Any, kernel_rev: Any, *rest: Any, out_shape: Any = None) -> int:
+def _conv_flops(u: Tensor, kernel: Tensor, kernel_rev: Tensor | None, *rest: Any, **out: Any) -> int:
     return _flops(u, kernel, kernel_rev)
 
 
-def _backward_flops(dy: Any, u: Any, kernel: Any, kernel_rev: Any, *rest: Any, out_shape: Any = None) -> int:
+def _backward_flops(dy: Any, u: Tensor, kernel: Tensor, kernel_rev: Tensor | None, *rest: Any, **out: Any) -> int:
     return sum(map(bool, rest[-3:])) * _flops(u, kernel, kernel_rev)
 
 
-@functools.cache
-def register_flops() -> None:
-    """Tell torch's counter. Its module imports triton, so this waits until either is there."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    register_flop_formula(torch.ops.hippodrome.long_conv)(_conv_flops)
-    register_flop_formula(torch.ops.hippodrome.long_conv_backward)(_backward_flops)
-
-
-if "torch.utils.flop_counter" in sys.modules:
-    register_flops()
+count_flops({torch.ops.hippodrome.long_conv: _conv_flops, torch.ops.hippodrome.long_conv_backward: _backward_flops})
