@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from hippodrome.part import BadInput, nearest
 
 log = logging.getLogger(__name__)
 
 WhyNot = Callable[..., str | None]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PREFERENCE = ("triton", "cpu", "sdpa", "chunked", "reference")
 """The order in which backends are asked."""
+
+PATIENCE = 2.0
+"""Seconds that a first call may take before it says what it is doing."""
 
 _forced: str | None = None
 _said: set[tuple[str, str]] = set()
@@ -110,3 +118,34 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def announced(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Of a leaf that runs GPU kernels: a first call that compiles them for more than `PATIENCE` seconds says so in a line.
+
+    Calls are told apart by what kernels are specialised on: the dtypes of tensors, their absence, and flags. Compiled kernels stay on
+    disk (Triton's cache), so that this happens once a machine.
+    """
+    line = f"hippodrome: compiling the GPU kernels of {what} for this machine, once"
+
+    def decorate(leaf: Callable[P, R]) -> Callable[P, R]:
+        called: set[tuple[object, ...]] = set()
+
+        @functools.wraps(leaf)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            key = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values()))
+            if key in called:
+                return leaf(*args, **kwargs)
+            timer = threading.Timer(PATIENCE, print, [line], {"file": sys.stderr, "flush": True})
+            timer.daemon = True
+            timer.start()
+            try:
+                found = leaf(*args, **kwargs)
+            finally:
+                timer.cancel()
+            called.add(key)
+            return found
+
+        return run
+
+    return decorate
