@@ -162,6 +162,30 @@ def _long_conv(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dic
     return "8 x 128 channels x 2048, as long a kernel", (u, kernel), {}
 
 
+def _h3(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    q = _blank(8, 128, 2048, kind=kind, dtype=dtype)
+    taps, modes = _blank(128, 64, kind=kind, dtype=torch.float32), _blank(128, 32, kind=kind, dtype=torch.complex64)
+    return "8 x 128 channels x 2048, 64 taps, 32 modes", (q, q, q, taps, modes, modes), {}
+
+
+def _h3_step(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    q, ring = _blank(8, 128, kind=kind, dtype=dtype), _blank(8, 64, 128, kind=kind, dtype=dtype)
+    taps, modes = _blank(64, 128, kind=kind, dtype=torch.float32), _blank(128, 32, kind=kind, dtype=torch.complex64)
+    skip, state = _blank(128, kind=kind, dtype=torch.float32), _blank(8, 1, 1, 128, 32, 2, kind=kind, dtype=torch.float32)
+    position = _blank(8, kind=kind, dtype=torch.int64)
+    return "8 x 128 channels, 64 taps, 32 modes", (q, q, q, taps, modes, modes, skip, ring, position, state), {}
+
+
+def _add_norm(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    x, weight = _blank(8, 1024, kind=kind, dtype=dtype), _blank(1024, kind=kind, dtype=dtype)
+    return "8 x 1024 channels", (x, x, weight, weight, 1e-5), {"centred": True}
+
+
+def _attention_step(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    q, keys = _blank(8, 12, 64, kind=kind, dtype=dtype), _blank(8, 12, 1024, 64, kind=kind, dtype=dtype)
+    return "8 x 12 heads of 64, 1024 slots", (q, q, q, keys, keys, _blank(8, kind=kind, dtype=torch.int64)), {}
+
+
 def _attention(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     q = _blank(8, 12, 1024, 64, kind=kind, dtype=dtype)
     return "8 x 12 heads of 64 x 1024, causal", (q, q, q), {"pattern": Causal()}
@@ -174,8 +198,12 @@ def _cross_entropy(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...],
 
 
 _EXAMPLES: dict[str, Callable[[str, torch.dtype], tuple[str, tuple[Any, ...], dict[str, Any]]]] = {
+    "add_norm": _add_norm,
     "attention": _attention,
+    "attention_step": _attention_step,
     "cross_entropy": _cross_entropy,
     "diagonal_ssm": _diagonal_ssm,
+    "h3": _h3,
+    "h3_step": _h3_step,
     "long_conv": _long_conv,
 }
