@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hippodrome.ops._op import announced
 from hippodrome.ops.add_norm import add_norm
 
 MOST_WIDTH = 16384
@@ -35,6 +36,7 @@ def _triton(
 
 
 @torch.library.custom_op("hippodrome::add_norm", mutates_args=())
+@announced("add_norm")
 def _add_norm(
     x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:

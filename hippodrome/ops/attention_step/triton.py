@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hippodrome.ops._op import announced
 from hippodrome.ops.attention_step import attention_step
 
 MOST_WIDTH = 256
@@ -59,6 +60,7 @@ def _triton(
 
 
 @torch.library.custom_op("hippodrome::attention_step_in_place", mutates_args=("keys", "values"))
+@announced("attention_step")
 def _attention_step_in_place(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hippodrome.ops._op import announced
 from hippodrome.ops.h3_step import h3_step
 
 
@@ -45,6 +46,7 @@ def _triton(
 
 
 @torch.library.custom_op("hippodrome::h3_step_in_place", mutates_args=("ring", "state"))
+@announced("h3_step")
 def _h3_step_in_place(
     q: Tensor,
     k: Tensor,
