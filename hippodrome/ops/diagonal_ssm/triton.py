@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippodrome.ops._flops import count_flops
+from hippodrome.ops._op import announced
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_states
 from hippodrome.ops.long_conv import long_conv
 
@@ -128,11 +130,11 @@ def fused(
     if taps is not None and taps.shape[1] > min(plan.T, tiling(modes, u.dtype, backward=True).T):
         signal = u if past is None else torch.cat([past.to(u.dtype), u], -1)
         u, taps, past = long_conv(signal, taps)[..., signal.shape[-1] - u.shape[-1] :], None, None
-    log_pairs, weight_pairs = (torch.view_as_real(t.to(torch.complex64).contiguous()) for t in (log_modes, weights))
+    log_pairs, weight_pairs, state_pairs = (None if t is None else _pairs(t) for t in (log_modes, weights, state))
+    taps, skip, past = (None if t is None else t.contiguous() for t in (taps, skip, past))
     y, carry = torch.ops.hippodrome.diagonal_fused(
-        u, pre, post, taps, log_pairs, weight_pairs, skip, past,
-        None if state is None else torch.view_as_real(state.contiguous()), return_state,
-    )  # fmt: skip
+        u, pre, post, taps, log_pairs, weight_pairs, skip, past, state_pairs, return_state
+    )
     if not return_state:
         return y, None
     done = _done(plan, u.shape[2])
@@ -148,12 +150,18 @@ def fused(
     return y, left * torch.view_as_complex(carry) + mode_states(log_modes, x)
 
 
+def _pairs(t: Tensor) -> Tensor:
+    """Complex t (...) as its contiguous real and imaginary parts (..., 2)."""
+    return torch.view_as_real(t.to(torch.complex64).resolve_conj().contiguous())
+
+
 def _time_last(t: Tensor) -> Tensor:
     """t (B, H, L) with time contiguous: a program reads one channel, and of anything else a sixteenth of what memory hands out."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused", mutates_args=(), device_types="cuda")
+@announced("diagonal_ssm")
 def _fused(
     u: Tensor,
     pre: Tensor | None,
@@ -249,6 +257,7 @@ def _(
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
+@announced("diagonal_ssm's backward")
 def _fused_backward(
     dy: Tensor,
     dcarry: Tensor | None,
@@ -427,3 +436,30 @@ def _grad(ctx: Any, dy: Tensor, dcarry: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _fused.register_autograd(_grad, setup_context=_save)
+
+
+def _flops(u: Tensor, pre: Any, post: Any, taps: Tensor | None, log_modes: Tensor, *rest: Any, **out: Any) -> int:
+    """Two a multiply-add of the matrix products, but for those that find where pieces begin."""
+    plan, modes = tiling(log_modes.shape[1], u.dtype), log_modes.shape[1]
+    return 2 * u.numel() * ((1 if taps is None else 3) * plan.T + 4 * modes)
+
+
+def _flops_backward(
+    dy: Any,
+    dcarry: Any,
+    u: Tensor,
+    pre: Any,
+    post: Tensor | None,
+    taps: Tensor | None,
+    log_modes: Tensor,
+    *rest: Any,
+    **out: Any,
+) -> int:
+    """The states again, all gradients, with a gate behind the outputs again, with a FIR that again and its two gradients."""
+    plan, modes = tiling(log_modes.shape[1], u.dtype, backward=True), log_modes.shape[1]
+    again = 0 if post is None else plan.T + 2 * modes
+    fir = 0 if taps is None else 6 * plan.T
+    return 2 * u.numel() * (2 * plan.T + 10 * modes + again + fir)
+
+
+count_flops({torch.ops.hippodrome.diagonal_fused: _flops, torch.ops.hippodrome.diagonal_fused_backward: _flops_backward})
