@@ -123,8 +123,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 def announced(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Of a leaf that runs GPU kernels: a first call that compiles them for more than `PATIENCE` seconds says so in a line.
 
-    Calls are told apart by what kernels are specialised on: the dtypes of tensors, their absence, and flags. Compiled kernels stay on
-    disk (Triton's cache), so that this happens once a machine.
+    Calls are told apart by what kernels are specialised on: the dtypes of tensors, their absence, and flags. Compiled kernels
+    stay on disk (Triton's cache), so that this happens once a machine.
     """
     line = f"hippodrome: compiling the GPU kernels of {what} for this machine, once"
 

@@ -1,9 +1,9 @@
 """Triton programs of `diagonal_ssm`: a state passed between chunks of T tokens, in T x T tensor-core products.
 
-A program owns one channel and R rows and walks along them a chunk of T tokens at a time, the states in registers. A row is a sequence
-or, where there are too few of those, one of `groups` pieces of `span` tokens: then a first pass finds what each piece adds to the
-state, a scan over the pieces where each begins, and all pieces run at once. With w = pre * FIR(u), z the state before a chunk and K
-the first T taps of the kernel, the skip in the first:
+A program owns one channel and R rows and walks along them a chunk of T tokens at a time, the states in registers. A row is a
+sequence or, where there are too few of those, one of `groups` pieces of `span` tokens: then a first pass finds what each
+piece adds to the state, a scan over the pieces where each begins, and all pieces run at once. With w = pre * FIR(u), z the
+state before a chunk and K the first T taps of the kernel, the skip in the first:
 
     y = post * (w Toeplitz(K) + (weights z) . lambda^(t+1)),      z' = lambda^T z + sum_s lambda^(T-1-s) w_s
 
@@ -11,14 +11,16 @@ The backward walks forward once, which leaves the states before the chunks in sc
 
     dw = dy' Toeplitz(K)^T + g . conj(lambda^(T-1-s)),      g' = conj(lambda^T) g + conj(weights) sum_t conj(lambda^(t+1)) dy'_t
 
-Gradients of modes and weights are sums of elementwise products of states and adjoints, which stay in registers; those of the taps
-within a chunk are the diagonals of one T x T product. The backward of the FIR, which knows no order, is a kernel of its own. No atomics.
+Gradients of modes and weights are sums of elementwise products of states and adjoints, which stay in registers; those of the
+taps within a chunk are the diagonals of one T x T product. The backward of the FIR, which knows no order, is a kernel of its
+own. No atomics.
 
-In all products the moving operand is in registers and the table in shared memory, which so is written once and needs no fence. The
-real and imaginary part of a mode lie eight columns apart: a thread has both at hand.
+In all products the moving operand is in registers and the table in shared memory, which so is written once and needs no
+fence. The real and imaginary part of a mode lie eight columns apart: a thread has both at hand.
 
-Two bugs of compilers shape this. Triton before 3.7.1 can miscompile a product whose first operand is a transposed accumulator: here
-what is transposed was loaded. ptxas 12.8 spoiled a backward of one kernel, which needed more registers than there are.
+Two bugs of compilers shape this. Triton before 3.7.1 can miscompile a product whose first operand is a transposed
+accumulator: here what is transposed was loaded. ptxas 12.8 spoiled a backward of one kernel, which needed more registers than
+there are.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import triton.language as tl
 
 @triton.jit
 def _power(log_re, turns, exponent):
-    """exp(exponent log), exponent an int32 of at most a few thousand. `turns` is the phase in units of 2^-32 turns: integers wrap
-    like phases do, so that no digit is lost, and give the octant for the series of sine and cosine to 1e-8."""
+    """exp(exponent log), exponent an int32 of at most a few thousand. `turns` is the phase in units of 2^-32 turns: integers
+    wrap like phases do, so that no digit is lost, and give the octant for the series of sine and cosine to 1e-8."""
     phase = turns * exponent
     quarter = (phase + (1 << 29)) >> 30
     x = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09
@@ -47,7 +49,8 @@ def _power(log_re, turns, exponent):
 
 @triton.jit
 def _exact(log_re, log_im, exponent):
-    """exp(exponent log) in float64, as float32 pairs high + low: a power that is applied thousands of times must not be rounded."""
+    """exp(exponent log) in float64, as float32 pairs high + low: a power that is applied thousands of times must not be
+    rounded."""
     turns = log_im * exponent * 0.15915494309189535
     angle = (turns - tl.floor(turns)) * 6.283185307179586
     size = tl.exp(log_re * exponent)
@@ -85,10 +88,10 @@ def prepare(
 ):  # fmt: skip
     """The tables of a channel.
 
-    first (H, T) fp32: the taps of the kernel within a chunk. decay (H, 2, 4, N) fp32: lambda^T and, if there are PIECES, lambda^span,
-    as high and low pairs; the low pair of lambda^T only where it is EXACT. tables (H, 2 or 4, 2N, T), in the dtype of products, a
-    mode's real parts eight rows before its imaginary ones: lambda^(T-1-s), conj(lambda^(t+1)), and for the backward the same times
-    their exponents.
+    first (H, T) fp32: the taps of the kernel within a chunk. decay (H, 2, 4, N) fp32: lambda^T and, if there are PIECES,
+    lambda^span, as high and low pairs; the low pair of lambda^T only where it is EXACT. tables (H, 2 or 4, 2N, T), in the
+    dtype of products, a mode's real parts eight rows before its imaginary ones: lambda^(T-1-s), conj(lambda^(t+1)), and for
+    the backward the same times their exponents.
     """
     h = tl.program_id(0).to(tl.int64)
     n, t = tl.arange(0, N), tl.arange(0, T)
@@ -236,11 +239,12 @@ def forward(
     su_b, su_h, su_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sp_b, sp_h, sy_b, sy_h, sy_t,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, TRACE: tl.constexpr, ALIKE: tl.constexpr, COUNT: tl.constexpr,
-    KIND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, TRACE: tl.constexpr, ALIKE: tl.constexpr,
+    COUNT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUT: y. CARRY: the state of every row after its `span` tokens, or with OUTPUT of every sequence before its token `done`, a
-    multiple of T. TRACE: the state before every chunk, states (H, tiles, span / T, R, 2N) in the dtype of products, and FIR(u) as y."""
+    """OUTPUT: y. CARRY: the state of every row after its `span` tokens, or with OUTPUT of every sequence before its token
+    `done`, a multiple of T. TRACE: the state before every chunk, states (H, tiles, span / T, R, 2N) in the dtype of products,
+    and FIR(u) as y."""
     h = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = (row < rows)[:, None]
@@ -300,7 +304,7 @@ def forward(
             if HAS_POST:
                 out *= _read(post, row_q, t, sq_t, here).to(tl.float32)
             tl.store(y + (row_y[:, None] + t * sy_t), out.to(y.dtype.element_ty), mask=here)
-        z_re, z_im = _advance(re, im, low_re, low_im, z_re, z_im, e_re, e_im, KIND == tl.float32)
+        z_re, z_im = _advance(re, im, low_re, low_im, z_re, z_im, e_re, e_im, KIND == tl.float32)  # noqa: SIM300
     if CARRY and not OUTPUT:
         _store_pairs(carry, place, z_re, z_im, z_ok)
 
@@ -335,7 +339,7 @@ def adjoints(
             d = d.to(tl.float32) * _read(post + h * sq_h, b * sq_b, t, sq_t, here).to(tl.float32)
         o_re, o_im = _parts(tl.dot(d.to(KIND), on, input_precision=PRECISION), R, N)
         o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
-        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)
+        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)  # noqa: SIM300
         if HAS_CARRY:
             more_re, more_im = _pairs(dcarry, whole, z_ok & (start + token == done))
             g_re, g_im = g_re + more_re, g_im + more_im
@@ -347,8 +351,8 @@ def scan_groups(
     local, begin, state, end, decay, groups, n_modes, sign,
     N: tl.constexpr, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, HAS_END: tl.constexpr,
 ):  # fmt: skip
-    """z -> lambda^span z + local_g over the pieces of a sequence, from `state`: the z before each, and the z after all. `sign` -1 takes
-    conj(lambda), REVERSE goes from the last piece to the first."""
+    """z -> lambda^span z + local_g over the pieces of a sequence, from `state`: the z before each, and the z after all.
+    `sign` -1 takes conj(lambda), REVERSE goes from the last piece to the first."""
     h = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, N)
@@ -383,15 +387,17 @@ def _sum_diagonals(x, scratch, T: tl.constexpr):
 def backward(
     dy, x, pre, post, dx, dpre, dpost, first, weights, tables, decay, states, adjoint, dcarry, dstate, scratch, dfirst, dmodes,
     rows, groups, span, length, n_modes, done,
-    sd_b, sd_h, sd_t, sx_b, sx_h, sx_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sdx_b, sdx_h, sdx_t, sdv_b, sdv_h, sdv_t, sdq_b, sdq_h, sdq_t,
+    sd_b, sd_h, sd_t, sx_b, sx_h, sx_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t,
+    sdx_b, sdx_h, sdx_t, sdv_b, sdv_h, sdv_t, sdq_b, sdq_h, sdq_t,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_ADJOINT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_DSTATE: tl.constexpr,
     ALIKE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x = FIR(u), pre, post and state, and one part of those of the parameters a program.
 
-    states as `forward` traced them; adjoint (rows, H, N, 2) after every row. scratch (H, tiles, T, T) fp32 is this program's own. dfirst
-    (H, tiles, T): the taps within a chunk. dmodes (H, tiles, 4, N): log_modes and weights but for what those taps give them.
+    states as `forward` traced them; adjoint (rows, H, N, 2) after every row. scratch (H, tiles, T, T) fp32 is this program's
+    own. dfirst (H, tiles, T): the taps within a chunk. dmodes (H, tiles, 4, N): log_modes and weights but for what those taps
+    give them.
     """
     h = tl.program_id(0).to(tl.int64)
     tile = h * tl.num_programs(1) + tl.program_id(1)
@@ -472,7 +478,7 @@ def backward(
         dw_re += _paired(m_re, R, N)
         dw_im += _paired(m_im, R, N)
         o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
-        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)
+        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)  # noqa: SIM300
         if HAS_CARRY:
             more_re, more_im = _pairs(dcarry, whole, z_ok & (start + c * T == done))
             g_re, g_im = g_re + more_re, g_im + more_im

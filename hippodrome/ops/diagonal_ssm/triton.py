@@ -19,8 +19,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MODES = 256
 """Most complex modes a channel; beyond, states do not fit the registers."""
 PRODUCTS = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
-"""Dtype of inputs -> dtype of tables and of the operands of products. States of large inputs would overflow in fp16, so its products are
-in tf32, which rounds as finely; those of fp32 are three of tf32, which is exact to 1e-6."""
+"""Dtype of inputs -> dtype of tables and of the operands of products. States of large inputs would overflow in fp16, so its
+products are in tf32, which rounds as finely; those of fp32 are three of tf32, which is exact to 1e-6."""
 
 PROGRAMS = 264
 """Programs from which on a GPU is busy: below, sequences are cut into pieces."""
@@ -113,8 +113,9 @@ def fused(
     state: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """diagonal_ssm of a FIR of u: `taps` (H, T <= 64), `past` (B, H, P) the inputs before u. u and gates (B, H, L) of one dtype."""
-    batch, modes = u.shape[0], log_modes.shape[1]
+    """diagonal_ssm of a FIR of u: `taps` (H, T <= 64), `past` (B, H, P) the inputs before u. u and gates (B, H, L) of one
+    dtype."""
+    modes = log_modes.shape[1]
     if modes > MODES // 2 and u.dtype == torch.float32:
         # The tables of all modes together are more than shared memory holds.
         rest: dict[str, Any] = {"taps": taps, "pre": pre, "post": post, "past": past, "return_state": return_state}
@@ -156,7 +157,8 @@ def _pairs(t: Tensor) -> Tensor:
 
 
 def _time_last(t: Tensor) -> Tensor:
-    """t (B, H, L) with time contiguous: a program reads one channel, and of anything else a sixteenth of what memory hands out."""
+    """t (B, H, L) with time contiguous: a program reads one channel, and of anything else a sixteenth of what memory hands
+    out."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -184,11 +186,13 @@ def _fused(
     y, after = _outputs(u, log_modes, carry)
     begin = _begin(plan, u, pre, taps, weights, past, state, tables, 2)
     kernels.forward[channels, -(-batch * groups // plan.R)](
-        u, _or(pre, u), _or(post, u), _or(past, u), y, tables[0], _or(taps, tables[0]), weights, *tables[1:], _or(begin, tables[0]), after,
-        tables[1], batch * groups, groups, span, length, log_modes.shape[1], *_taps_and_past(taps, past), _done(plan, length),
+        u, _or(pre, u), _or(post, u), _or(past, u), y, tables[0], _or(taps, tables[0]), weights, *tables[1:],
+        _or(begin, tables[0]), after, tables[1], batch * groups, groups, span, length, log_modes.shape[1],
+        *_taps_and_past(taps, past), _done(plan, length),
         *u.stride(), *_or(pre, u).stride(), *_or(post, u).stride(), *_or(past, u).stride()[:2], *y.stride(),
         HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None, COUNT=2,
-        HAS_STATE=begin is not None, CARRY=carry, OUTPUT=True, TRACE=False, ALIKE=_alike(u, pre, post), **_layout(plan, u.dtype),
+        HAS_STATE=begin is not None, CARRY=carry, OUTPUT=True, TRACE=False, ALIKE=_alike(u, pre, post),
+        **_layout(plan, u.dtype),
     )  # fmt: skip
     return y, after
 
@@ -205,8 +209,9 @@ def _outputs(u: Tensor, log_modes: Tensor, carry: bool) -> tuple[Tensor, Tensor]
 
 
 def _walk(
-    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None, begin: Tensor | None,
-    tables: tuple[Tensor, Tensor, Tensor], count: int, after: Tensor | None, trace: tuple[Tensor, Tensor] | None,
+    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None,
+    begin: Tensor | None, tables: tuple[Tensor, Tensor, Tensor], count: int, after: Tensor | None,
+    trace: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """Walk along the inputs without outputs: the states after all rows into `after`, or those before all chunks and FIR(u)."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
@@ -225,8 +230,8 @@ def _walk(
 
 
 def _begin(
-    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None, state: Tensor | None,
-    tables: tuple[Tensor, Tensor, Tensor], count: int,
+    plan: Tiling, u: Tensor, pre: Tensor | None, taps: Tensor | None, weights: Tensor, past: Tensor | None,
+    state: Tensor | None, tables: tuple[Tensor, Tensor, Tensor], count: int,
 ) -> Tensor | None:  # fmt: skip
     """The states (rows, H, N, 2) before the pieces of all sequences. None: at rest."""
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
@@ -247,13 +252,6 @@ def _begin(
 def _done(plan: Tiling, length: int) -> int:
     """Tokens before the last chunk."""
     return (length - 1) // plan.T * plan.T
-
-
-@_fused.register_fake
-def _(
-    u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Any, skip: Any, past: Any, state: Any, carry: bool
-) -> Any:
-    return _outputs(u, log_modes, carry)
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
@@ -326,8 +324,9 @@ def _adjoint(
         return None
     local, adjoint = (weights.new_empty(batch * groups, *weights.shape) for _ in range(2))
     kernels.adjoints[channels, -(-batch * groups // plan.R)](
-        dy, _or(post, dy), weights, *tables[1:], _or(dcarry, local), local, batch * groups, groups, span, length, weights.shape[1], done,
-        *dy.stride(), *_or(post, dy).stride(), HAS_POST=post is not None, HAS_CARRY=dcarry is not None, **_layout(plan, dy.dtype),
+        dy, _or(post, dy), weights, *tables[1:], _or(dcarry, local), local, batch * groups, groups, span, length,
+        weights.shape[1], done, *dy.stride(), *_or(post, dy).stride(), HAS_POST=post is not None, HAS_CARRY=dcarry is not None,
+        **_layout(plan, dy.dtype),
     )  # fmt: skip
     kernels.scan_groups[channels, batch](
         local, adjoint, local, dstate, tables[2], groups, weights.shape[1], -1.0,
@@ -356,7 +355,10 @@ def _filter_backward(plan: Tiling, u: Tensor, past: Tensor | None, dx: Tensor, d
 
 
 @_fused_backward.register_fake
-def _(dy: Any, dcarry: Any, u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Tensor, skip: Any, past: Any, state: Any, carry: bool) -> Any:  # fmt: skip
+def _(
+    dy: Any, dcarry: Any, u: Tensor, pre: Any, post: Any, taps: Any, log_modes: Tensor, weights: Tensor, skip: Any, past: Any,
+    state: Any, carry: bool,
+) -> Any:  # fmt: skip
     return _gradients(u, pre, post, taps, log_modes, weights, skip, state)
 
 
@@ -427,9 +429,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _grad(ctx: Any, dy: Tensor, dcarry: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    u, pre, post, taps, log_modes, weights, skip, past, state = inputs
     du, dpre, dpost, dtaps, dmodes, dweights, dskip, dstate = torch.ops.hippodrome.diagonal_fused_backward(
-        dy.to(u.dtype), dcarry.contiguous() if ctx.carry else None, *inputs, ctx.carry
+        dy.to(inputs[0].dtype), dcarry.contiguous() if ctx.carry else None, *inputs, ctx.carry
     )
     found = (du, dpre, dpost, dtaps, dmodes, dweights, dskip, None, dstate)
     return (*(None if given is None else grad for given, grad in zip(inputs, found, strict=True)), None)

@@ -2,8 +2,8 @@
 
     k'_t = sum_(s < T) taps_s k_(t-s);   s_ij = diagonal_ssm(k'_i v_j);   y_j = sum_i q_i s_ij
 
-i, j run over the p = D / H channels of a head; head h has the channels h p + i. Source: Dao, Fu et al. (ICLR 2023), section 3 and
-the fused kernel of section 4.
+i, j run over the p = D / H channels of a head; head h has the channels h p + i. Source: Dao, Fu et al. (ICLR 2023), section 3
+and the fused kernel of section 4.
 """
 
 from __future__ import annotations
