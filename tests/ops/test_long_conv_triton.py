@@ -145,27 +145,15 @@ def test_transforms_have_good_lengths(n):
     assert size == 1
 
 
-def test_the_nearest_point_of_the_table_decides(tmp_path, monkeypatch):
-    def row(length, **ms):
-        return dict(dtype="float32", batch=8, channels=64, length=length, taps=length, ms=ms, **{"pass": "forward"})
-
-    file = tmp_path / "table.json"
-    _table.save("a", {"source": "counted", "rows": [row(256, toeplitz=1.0, fft=2.0), row(4096, toeplitz=3.0, fft=2.5)]}, file)
-    _table.save("b", {"source": "measured", "rows": [row(256, fft=1.0)]}, file)
-    monkeypatch.setattr(_table, "FILE", file)
-    choose = lambda device, length: _table.fastest("forward", torch.float32, device, _table.Point(2, 768, length, length))  # noqa: E731
-    assert choose("b", 300) == "fft"
-    _table.save("a", {"source": "measured", "rows": [row(256, toeplitz=1.0, fft=2.0), row(4096, toeplitz=3.0, fft=2.5)]}, file)
-    assert [choose("a", length) for length in (1, 300, 900, 1100, 1 << 20)] == ["toeplitz"] * 3 + ["fft"] * 2
-    assert choose("unknown", 300) == "toeplitz"
-    assert list(json.loads(file.read_text())) == ["a", "b"]
-
-
-def test_the_table_that_is_shipped_knows_every_call():
-    for which in _table.PASSES:
-        for dtype in _table.DTYPES:
-            for length in (1, 777, 8193, 5_000_000):
-                assert _table.fastest(which, dtype, "no such device", _table.Point(3, 96, length, length)) in _table.PATHS
+@pytest.mark.parametrize("gate", [None, "pre_gate", "post_gate"])
+def test_the_table_is_asked_for_each_pass(by_fft, gate, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backend, "forced", None)
+    monkeypatch.setattr(_table, "fastest", lambda *question: asked.append(question) or "fft")
+    given = {"u": draw(3, 2, 40), "kernel": draw(2, 10), "kernel_rev": draw(2, 20)}
+    results(given | ({gate: draw(3, 2, 40, seed=1)} if gate else {}), "triton")
+    question = (torch.float32, "", _table.Point(3, 2, 40, 20), gate is not None)
+    assert asked == [("forward", *question), ("backward", *question)]
 
 
 @pytest.mark.slow

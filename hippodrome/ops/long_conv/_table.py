@@ -1,17 +1,23 @@
 """Which path a call of long_conv takes on the GPU: the fastest at the nearest point of a table of times, kept in table.json.
 
-`tune` measures the table on a device; `counted` fills one where nothing was measured. A row has the field "pass", "forward" or
-"backward", because the two may well take different paths.
+A row has times of one pass, "forward" or "backward", with gates or without, for these may well take different paths, and says
+in "source" where they come from: "measured: DEVICE, DATE", or "counted" from operations and bytes. Several rows may share a
+point, so that what was measured stands beside what was counted for the other paths.
+
+The table in the repository is measured in part only: an H100's times of the paths taken at the whole-length kernels of 1,024 to
+8,192 and 65,536 tokens, in bfloat16, a backward's being forward + backward less forward. All else is counted, and a table
+measured whole on one card is still to come: `tune` makes it.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,29 +43,38 @@ class Point(NamedTuple):
         return sum(weight * d for weight, d in zip((0.4, 0.1, 1, 1), octaves, strict=True))
 
 
+COUNTED = "counted"
+MARGIN = 1.25
+"""How much longer a counted time may prove: it must be less by this to stand against a measured one."""
+
+
 @functools.cache
-def _rows(device: str) -> dict[tuple[str, str], list[tuple[Point, dict[str, float]]]]:
-    """The rows measured on this device, or on the first one in the table."""
+def _rows(device: str) -> dict[tuple[str, str, bool], dict[Point, dict[str, float]]]:
+    """The times at each point on this device, or on the first one in the table."""
     devices = json.loads(FILE.read_text())
-    found: dict[tuple[str, str], list[tuple[Point, dict[str, float]]]] = {}
-    for row in devices.get(device, next(iter(devices.values())))["rows"]:
-        point = Point(*(row[name] for name in Point._fields))
-        found.setdefault((row["pass"], row["dtype"]), []).append((point, row["ms"]))
+    found: dict[tuple[str, str, bool], dict[Point, dict[str, float]]] = {}
+    for row in devices.get(device, next(iter(devices.values()))):
+        at = found.setdefault((row["pass"], row["dtype"], row["gated"]), {}).setdefault(_point(row), {})
+        at.update({path: ms * (MARGIN if row["source"] == COUNTED else 1) for path, ms in row["ms"].items()})
     return found
 
 
+def _point(row: dict[str, Any]) -> Point:
+    return Point(*(row[name] for name in Point._fields))
+
+
 @functools.lru_cache(maxsize=4096)
-def fastest(which: str, dtype: torch.dtype, device: str, point: Point) -> str:
-    """The path to run: which is "forward" or "backward", device its name."""
-    rows = _rows(device)[which, str(dtype).removeprefix("torch.")]
-    _, ms = min(rows, key=lambda row: row[0].far(point))
+def fastest(which: str, dtype: torch.dtype, device: str, point: Point, gated: bool) -> str:
+    """The path to run: which is "forward" or "backward", device its name, gated whether there is a gate."""
+    points = _rows(device)[which, str(dtype).removeprefix("torch."), gated]
+    ms = points[min(points, key=point.far)]
     return min(ms, key=ms.__getitem__)
 
 
-LENGTHS = tuple(1 << p for p in (6, 8, 10, 11, 12, 13, 14, 16, 18, 20, 22))
+LENGTHS = tuple(1 << p for p in (6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22))
 TOKENS = 1 << 17
 """Tokens a channel of the larger batch."""
-NUMBERS = 1 << 26
+NUMBERS = 768 * TOKENS
 """Most numbers in an input."""
 
 
@@ -73,48 +88,81 @@ def grid() -> Iterator[Point]:
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KINDS = tuple((which, gated) for which in PASSES for gated in (False, True))
 
 
-def counted() -> dict[str, Any]:
-    """A table made by counting operations and bytes, at rates seen on an H200."""
-    rows = [_row(point, dtype, which, _count(point, dtype, which)) for dtype in DTYPES for point in grid() for which in PASSES]
-    return {"source": "counted", "rows": rows}
+def counted(beside: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Rows made by counting operations and bytes, of all that the rows `beside` do not have."""
+    known = {(row["pass"], row["dtype"], row["gated"], _point(row), path) for row in beside for path in row["ms"]}
+    rows = []
+    for dtype in DTYPES:
+        for point in grid():
+            for which, gated in KINDS:
+                row = _row(point, dtype, which, gated, _count(point, dtype, which, gated), COUNTED)
+                for path in PATHS:
+                    if (which, row["dtype"], gated, point, path) in known:
+                        del row["ms"][path]
+                rows.append(row)
+    return rows
 
 
-def _row(point: Point, dtype: torch.dtype, which: str, ms: dict[str, float]) -> dict[str, Any]:
+def _row(point: Point, dtype: torch.dtype, which: str, gated: bool, ms: dict[str, float], source: str) -> dict[str, Any]:
     rounded = {path: float(f"{t:.3g}") for path, t in ms.items()}
-    return {"pass": which, "dtype": str(dtype).removeprefix("torch."), **point._asdict(), "ms": rounded}
+    name = str(dtype).removeprefix("torch.")
+    return {"pass": which, "dtype": name, "gated": gated, **point._asdict(), "ms": rounded, "source": source}
 
 
-def _count(point: Point, dtype: torch.dtype, which: str) -> dict[str, float]:
+def _count(point: Point, dtype: torch.dtype, which: str, gated: bool) -> dict[str, float]:
+    """Milliseconds of each path, of products at the rates that an H100 showed in the points measured, bfloat16, and for other
+    dtypes in proportion to its peaks. No FFT is among those points: its rate is most of what the H100 showed in a copy."""
     batch, channels, length, taps = point
-    tokens, half = batch * channels * length, dtype == torch.bfloat16
-    # Multiply-adds a second that dense products may reach, in bf16, tf32 and three times tf32.
-    dense = {torch.bfloat16: 200e12, torch.float16: 80e12, torch.float32: 30e12}[dtype]
+    tokens, back = batch * channels * length, which == "backward"
+    # bfloat16, tf32, and three times tf32; which the partitioned path takes for float16 too.
+    slow = {torch.bfloat16: 1, torch.float16: 2.5, torch.float32: 6.5}[dtype]
+
+    # Tiles of 128 rows (sequence, chunk of 128) reach as far back as their latest row; a backward has the taps' gradient, and
+    # with gates one convolution more.
+    reach = 64 + min(taps, length / 2 * (1 + min(1, 128 * 128 / (batch * length))))
+    products = (1 + (back and gated)) * reach / (140e12 if gated else 240e12)
+    if back:
+        products += (128 + min(taps, length / 2)) / (45e12 if gated else 70e12)
+    numbers = (5 if back else 2) * (2 if gated else 1)
+    toeplitz = 20e-6 * (1 + 2 * back) + tokens * max(slow * products, numbers * dtype.itemsize / 3e12)
+
+    # Each transform of blocks of T costs 2 T multiply-adds a token, each product of spectra two a block that taps reach; and
+    # every tap is brought into its table, and the gradient of every tap back from one.
     t = max(64, 1 << round(math.log2(length / 2) / 2))
+    transforms, numbers, of_tap = {
+        ("forward", False): (2, 10, 52e-12),
+        ("forward", True): (2, 12, 52e-12),
+        ("backward", False): (3, 17, 372e-12),
+        ("backward", True): (4, 30, 424e-12),
+    }[which, gated]
+    half = dtype == torch.bfloat16
+    products = (2 * t * transforms + 2 * min(length, 2 * taps + t) / t * (transforms - 1)) / 140e12
+    partitioned = 150e-6 * (1 + back) + channels * taps * of_tap
+    partitioned += tokens * max((1 if half else 6.5) * products, numbers * (2 if half else 4) / 3e12)
+
+    # Bytes a token over all passes, of which cuFFT makes one a transform, and two of long ones.
     n = length if length & (length - 1) == 0 else 1.2 * length
-    seconds = {
-        "toeplitz": 20e-6 + tokens * (64 + min(taps, length / 2 + 64)) / dense + tokens * 2 * dtype.itemsize / 3e12,
-        "partitioned": 150e-6
-        + tokens * (4 * t + 3 * min(length, 2 * taps + t) / t) / (0.5 * dense)
-        + tokens * (20 if half else 40) / 3e12,
-        "fft": 150e-6 + tokens * n / length * (35e-12 if length <= 1 << 15 else 55e-12) * (1 + 0.4 / batch),
-    }
-    return {path: 1e3 * s * (2 if which == "backward" else 1) for path, s in seconds.items()}
+    passes = (2.5 if gated else 2) if back else 1
+    fft = passes * (150e-6 + channels * batch * n * (110 if length <= 1 << 15 else 140) / 2.5e12 * (1 + 0.4 / batch))
+    return {"toeplitz": 1e3 * toeplitz, "partitioned": 1e3 * partitioned, "fft": 1e3 * fft}
 
 
-def tune(device: torch.device | str = "cuda", say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure every path over the grid on a device: {"source": "measured", "rows": [...]}; `say` is told of each row."""
+def tune(device: torch.device | str = "cuda", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Measure every path over the grid on a device. Returns the rows; `say` is told of each."""
     device = torch.device(device)
     points = [(point, dtype) for dtype in DTYPES for point in grid()]
     say(f"compiling the programs of {len(points)} points")
     _compile(points, device)
+    source = f"measured: {torch.cuda.get_device_name(device)}, {datetime.datetime.now(datetime.UTC).date()}"
     rows = []
     for point, dtype in points:
-        for which, ms in _measure(point, dtype, device).items():
-            rows.append(_row(point, dtype, which, ms))
+        for (which, gated), ms in _measure(point, dtype, device).items():
+            rows.append(_row(point, dtype, which, gated, ms, source))
             say(f"{rows[-1]}")
-    return {"source": "measured", "rows": rows}
+    return rows
 
 
 def _compile(points: list[tuple[Point, torch.dtype]], device: torch.device) -> None:
@@ -127,49 +175,43 @@ def _compile(points: list[tuple[Point, torch.dtype]], device: torch.device) -> N
 
 
 def _try(point: Point, dtype: torch.dtype, device: torch.device) -> None:
-    for _, _, run in _runs(point, dtype, device):
+    for *_, run in _runs(point, dtype, device):
         run()
     torch.cuda.synchronize(device)
 
 
-def _runs(point: Point, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Pass, path and call, but for those that counting calls hopeless: a dense product of a million taps takes minutes."""
+def _runs(point: Point, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, bool, str, Callable[[], object]]]:
+    """Pass, gated, path and call, but for what counting calls hopeless: a dense product of a million taps takes minutes."""
     from hippodrome.ops.long_conv._taps import Taps, Wanted
     from hippodrome.ops.long_conv.triton import path
 
     batch, channels, length, taps = point
-    u, dy = torch.randn(2, batch, channels, length, dtype=dtype, device=device)
+    u, dy, *gates = torch.randn(4, batch, channels, length, dtype=dtype, device=device)
     kernel = Taps(torch.randn(channels, taps, device=device) / taps)
-    for which in PASSES:
-        ms = _count(point, dtype, which)
+    for which, gated in KINDS:
+        ms = _count(point, dtype, which, gated)
+        pre, post = gates if gated else (None, None)
         for name in PATHS:
             if ms[name] < 5 * min(ms.values()):
-                backward = functools.partial(path(name).backward, dy, u, kernel, None, None, Wanted(True, True, False))
-                yield which, name, backward if which == "backward" else functools.partial(path(name).convolve, u, kernel, None)
+                backward = functools.partial(path(name).backward, dy, u, kernel, pre, post, Wanted(True, True, gated))
+                forward = functools.partial(path(name).convolve, u, kernel, pre, (post,))
+                yield which, gated, name, backward if which == "backward" else forward
 
 
-def _measure(point: Point, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, float]]:
+def _measure(point: Point, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, bool], dict[str, float]]:
     from triton.testing import do_bench
 
-    found: dict[str, dict[str, float]] = {which: {} for which in PASSES}
-    for which, name, run in _runs(point, dtype, device):
-        found[which][name] = do_bench(run, warmup=1, rep=5, return_mode="median")
+    found: dict[tuple[str, bool], dict[str, float]] = {kind: {} for kind in KINDS}
+    for which, gated, name, run in _runs(point, dtype, device):
+        found[which, gated][name] = do_bench(run, warmup=1, rep=5, return_mode="median")
     return found
 
 
-def save(device: str, table: dict[str, Any], file: Path = FILE) -> None:
-    """Put a device's table, one row a line, into the file; a device's older one goes."""
+def save(device: str, rows: list[dict[str, Any]], file: Path = FILE) -> None:
+    """Put a device's rows, one a line, into the file, before those of other devices; its older ones go."""
     devices = json.loads(file.read_text()) if file.exists() else {}
-    devices = {
-        device: table,
-        **{name: other for name, other in devices.items() if name != device and other["source"] == "measured"},
-    }
-    lines = [
-        f'{json.dumps(name)}: {{"source": {json.dumps(one["source"])}, "rows": [\n'
-        + ",\n".join(json.dumps(row) for row in one["rows"])
-        + "\n]}"
-        for name, one in devices.items()
-    ]
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    devices = {device: rows, **{name: other for name, other in devices.items() if name != device}}
+    tables = [f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, of)) + "\n]" for name, of in devices.items()]
+    file.write_text("{\n" + ",\n".join(tables) + "\n}\n")
     _rows.cache_clear()
     fastest.cache_clear()

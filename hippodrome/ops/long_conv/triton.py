@@ -71,12 +71,13 @@ def path(name: str) -> Any:
     return importlib.import_module(f"hippodrome.ops.long_conv._{name}")
 
 
-def _path(which: str, u: Tensor, taps: Taps) -> Any:
+def _path(which: str, u: Tensor, taps: Taps, *gates: Tensor | None) -> Any:
     batch, channels, length = u.shape
     first, last = taps.lags()
     point = _table.Point(batch, channels, length, max(last, -first) + 1)
     device = torch.cuda.get_device_name(u.device) if u.is_cuda else ""
-    return path(forced or _table.fastest(which, u.dtype, device, point))
+    gated = any(gate is not None for gate in gates)
+    return path(forced or _table.fastest(which, u.dtype, device, point, gated))
 
 
 def tune(device: torch.device, *, progress: Callable[[str], None] | None = None) -> Path:
@@ -92,7 +93,7 @@ def _conv(
     if not u.numel():
         return empty(u)
     taps = _taps(u.shape[-1], kernel, kernel_rev, skip)
-    return _path("forward", u, taps).convolve(u, taps, pre, (post,))[0]
+    return _path("forward", u, taps, pre, post).convolve(u, taps, pre, (post,))[0]
 
 
 @_conv.register_fake
@@ -118,7 +119,8 @@ def _conv_backward(
         shapes = _fake_backward(dy, u, kernel, kernel_rev, skip, pre, post, want_inputs, want_taps, want_post)
         return _six(t.zero_() for t in shapes)
     taps = _taps(u.shape[-1], kernel, kernel_rev, skip)
-    grads = _path("backward", u, taps).backward(dy, u, taps, pre, post, Wanted(want_inputs, want_taps, want_post))
+    wanted = Wanted(want_inputs, want_taps, want_post)
+    grads = _path("backward", u, taps, pre, post).backward(dy, u, taps, pre, post, wanted)
     dkernel = drev = dskip = None
     if grads.lags is not None:
         back = -taps.lags()[0]
