@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hippodrome.lti.s4d import S4D
 from hippodrome.lti.shift import Shift
@@ -57,6 +58,41 @@ def test_outputs_and_gradients_are_the_authors(name):
     for ours, theirs in NAMES.items():
         parameter = mixer.get_parameter(ours)
         assert relative_error(parameter.grad, golden[f"grad/param/{theirs}"].reshape(parameter.shape)) < 1e-4, ours
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_the_authors_on_the_gpu(name):
+    mixer, golden = build(name)
+    mixer.cuda()
+    x = golden["in/x"].cuda().requires_grad_()
+    y, _ = mixer(x)
+    (y * golden["in/g"].cuda()).sum().backward()
+    assert relative_error(y.cpu(), golden["out/y"]) < 1e-4
+    assert relative_error(x.grad.cpu(), golden["grad/x"]) < 1e-4
+    for ours, theirs in NAMES.items():
+        parameter = mixer.get_parameter(ours)
+        assert relative_error(parameter.grad.cpu(), golden[f"grad/param/{theirs}"].reshape(parameter.shape)) < 1e-4, ours
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", cases("h3_layer_?_step"))
+def test_segments_and_steps_are_the_authors_on_the_gpu(name):
+    """A prompt, steps by the stepper, and what is left as a segment from the state that the stepper leaves."""
+    mixer, golden = build(name.removesuffix("_step"))
+    mixer.cuda()
+    x, prompt = golden["in/x"].cuda(), load(name)["prefill/y"].shape[1]
+    with torch.no_grad():
+        y, state = mixer(x[:, :prompt], mixer.init_state(len(x)))
+        outputs, stepper = [y], mixer.stepper()
+        position = torch.full((len(x),), prompt, device="cuda")
+        steps = stepper.begin(state, position)
+        for t in range(prompt, prompt + 2):
+            y, steps = stepper.step(x[:, t], steps, position)
+            outputs.append(y.unsqueeze(1))
+            position = position + 1
+        y, _ = mixer(x[:, prompt + 2 :], stepper.end(steps, position))
+    assert relative_error(torch.cat([*outputs, y], 1).cpu(), golden["out/y"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -122,6 +158,36 @@ def test_systems_stay_in_fp32_in_a_half_precision_model():
     assert y.dtype == torch.bfloat16
     assert state.shift.inputs.dtype == torch.float32
     assert state.diagonal.z.dtype == torch.complex64
+
+
+@pytest.mark.parametrize("config", [H3.Config(), *VARIANTS])
+def test_activation_checkpointing_gives_equal_gradients(config):
+    torch.manual_seed(0)
+    mixer = config.build(8)
+    x = torch.randn(2, 70, 8, requires_grad=True)
+    wanted = [x, *mixer.parameters()]
+    plain = torch.autograd.grad(mixer(x)[0].square().sum(), wanted)
+    again = torch.autograd.grad(checkpoint(lambda x: mixer(x)[0], x, use_reentrant=False).square().sum(), wanted)
+    for found, expected in zip(again, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("config", [H3.Config(), *VARIANTS])
+def test_under_autocast_products_are_half_precision_and_systems_are_not(config):
+    torch.manual_seed(0)
+    mixer = config.build(8)
+    x = torch.randn(2, 70, 8)
+    exact, after = mixer(x, mixer.init_state(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x, mixer.init_state(2))
+    assert y.dtype == torch.bfloat16
+    assert state.diagonal.z.dtype == torch.complex64
+    assert (y - exact).norm() < 2e-2 * exact.norm()
+    assert (state.diagonal.z - after.diagonal.z).norm() < 2e-2 * after.diagonal.z.norm()
+    y.square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
 
 
 @pytest.mark.parametrize(("head_dim", "near"), [(3, 2), (0, 1), (-2, 1), (7, 8)])
