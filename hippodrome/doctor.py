@@ -191,6 +191,11 @@ def _attention(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dic
     return "8 x 12 heads of 64 x 1024, causal", (q, q, q), {"pattern": Causal()}
 
 
+def _linear_attention(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    q = _blank(8, 12, 1024, 64, kind=kind, dtype=dtype)
+    return "8 x 12 heads of 64 x 1024, causal", (q, q, q), {}
+
+
 def _cross_entropy(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     hidden, weight = _blank(8, 1024, 768, kind=kind, dtype=dtype), _blank(50264, 768, kind=kind, dtype=dtype)
     targets = _blank(8, 1024, kind=kind, dtype=torch.int64)
@@ -205,5 +210,6 @@ _EXAMPLES: dict[str, Callable[[str, torch.dtype], tuple[str, tuple[Any, ...], di
     "diagonal_ssm": _diagonal_ssm,
     "h3": _h3,
     "h3_step": _h3_step,
+    "linear_attention": _linear_attention,
     "long_conv": _long_conv,
 }

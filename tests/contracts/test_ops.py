@@ -16,6 +16,7 @@ from hippodrome.ops.cross_entropy import IGNORE, cross_entropy
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_kernel
 from hippodrome.ops.h3 import h3
 from hippodrome.ops.h3_step import h3_step
+from hippodrome.ops.linear_attention import linear_attention
 from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Window
@@ -111,6 +112,20 @@ def h3_step_case(length, dtype, seed=0):
     return lambda **given: h3_step(*(given[name] for name in order), position, given["state"]), inputs
 
 
+def linear_attention_case(length, dtype, seed=0):
+    """Causal after other tokens; not causal, 5 queries to all keys. Strided, values narrower than features."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k = draw(g, dtype, 2, 2, length, 3, 6).abs().transpose(2, 3)
+    inputs = {"q": q, "k": k, "v": draw(g, dtype, 2, length, 3, 4).transpose(1, 2), "state": draw(g, wide, 2, 3, 6, 5).abs()}
+
+    def call(q, k, v, state):
+        causal = linear_attention(q, k, v, state=state, return_state=True)
+        return *causal, *linear_attention(q[:, :, :5], k, v, causal=False, state=state, return_state=True)
+
+    return call, inputs
+
+
 def add_norm_case(length, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, delta = draw(g, dtype, 2, length, 6)
@@ -127,6 +142,7 @@ CASES = {
     "cross_entropy": (cross_entropy, cross_entropy_case),
     "h3": (h3, h3_case),
     "h3_step": (h3_step, h3_step_case),
+    "linear_attention": (linear_attention, linear_attention_case),
 }
 PAIRS = [
     (name, backend)
