@@ -370,7 +370,7 @@ def test_modes_that_never_decay_stay_in_phase_over_a_million_tokens_on_the_gpu()
 def test_a_million_tokens_and_their_gradients_on_the_gpu():
     given = rounded(case(1, 2, 1 << 20, 7, layout="HBL"), torch.bfloat16, "cuda")
     for name, error in errors(results(fused, given), results(plain, double(given))).items():
-        assert error < 1.2e-2, (name, error)
+        assert error < 2e-2, (name, error)
 
 
 @pytest.mark.gpu
