@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hippodrome.lti._base import Diagonal
 from hippodrome.lti._hippo import Complex, nplr
+from hippodrome.lti._zoh import expm1_over
 from hippodrome.ops.diagonal_ssm import mode_kernel
 from hippodrome.part import BadInput, OptimRule
 
@@ -114,7 +115,7 @@ class S4D(Diagonal):
         dt = torch.exp(self.log_dt.to(real)).unsqueeze(-1) * rate
         a = torch.complex(-torch.exp(self.log_A_real.to(real)), self.A_imag.to(real))
         dt_a, dt_b = dt * a.repeat(shares, 1), dt * _complex(self.B.to(real)).repeat(shares, 1)
-        return dt_a, dt_b * _expm1_over(dt_a) if self.disc == "zoh" else dt_b / (1 - dt_a / 2)
+        return dt_a, dt_b * expm1_over(dt_a) if self.disc == "zoh" else dt_b / (1 - dt_a / 2)
 
     def _weights(self, b_bar: Tensor) -> Tensor:
         weights = _complex(self.C.to(b_bar.real.dtype)) * b_bar
@@ -151,11 +152,3 @@ def _log_bilinear(half: Tensor) -> Tensor:
     re, im = half.real, half.imag
     modulus = 0.5 * torch.log1p(4 * re / ((1 - re) ** 2 + im**2))
     return torch.complex(modulus, torch.atan2(2 * im, 1 - re**2 - im**2))
-
-
-def _expm1_over(a: Tensor) -> Tensor:
-    """(exp(a) - 1) / a. Near a = 0, where the gradient of the formula loses its digits, by its series."""
-    small = a.abs() < 1e-3
-    series = 1 + a / 2 * (1 + a / 3 * (1 + a / 4 * (1 + a / 5)))
-    safe = torch.where(small, torch.ones_like(a), a)
-    return torch.where(small, series, torch.expm1(safe) / safe)
