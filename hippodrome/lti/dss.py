@@ -1,8 +1,8 @@
 """DSS: diagonal state spaces (Gupta, Gu, Berant, NeurIPS 2022), the first that did without S4's low-rank term.
 
-    exp:      Lambda = -exp(Lambda_re) + i Lambda_im,       K_l = Re sum_n W_n (exp(dt Lambda_n) - 1) / Lambda_n exp(dt Lambda_n l)
-    clip:     Lambda = min(Lambda_re, 1e-4) + i Lambda_im,  K_l as in exp
-    softmax:  Lambda = Lambda_re + i Lambda_im,             K_l = Re sum_n W_n / Lambda_n softmax_l(dt Lambda_n l), l < length
+    exp:      Lambda = -exp(Lambda_re) + i Lambda_im,      K_l = Re sum_n W_n (exp(dt Lambda_n) - 1) / Lambda_n exp(dt Lambda_n l)
+    clip:     Lambda = min(Lambda_re, 1e-4) + i Lambda_im, K_l as in exp
+    softmax:  Lambda = Lambda_re + i Lambda_im,            K_l = Re sum_n W_n / Lambda_n softmax_l(dt Lambda_n l), l < length
 
 All channels share Lambda; there are no conjugate pairs and no B. The softmax makes the weights depend on `length` and lets
 modes grow: what grows is scaled to be one at the end of the length.
@@ -42,7 +42,8 @@ class DSS(Diagonal):
     class Config(Diagonal.Config):
         """Lambda starts at the eigenvalues of HiPPO-LegS' normal part whose imaginary part is positive.
 
-        dt starts log-uniform in [dt_min, dt_max]. version: see above. imag: "exp" takes the exponential of Lambda_im, "zero" fixes it at zero.
+        dt starts log-uniform in [dt_min, dt_max]. version: see above.
+        imag: "exp" takes the exponential of Lambda_im, "zero" fixes it at zero.
         length: the tokens of the softmax; the other versions ignore it. A growing mode must stay below exp(80) within it.
         scale: False leaves the factor (exp(dt Lambda) - 1) / Lambda out. separate_dt: a time step each for decay and frequency.
         """
