@@ -73,6 +73,14 @@ class LTI(Part, Fp32Parameters, Generic[S], folder="lti"):
             y = long_conv(v, self.kernel(u.shape[-1]), skip=self.D) + self.response(state, u.shape[-1]).to(u.dtype)
             return y if post_gate is None else y * post_gate, self.advance(v, state, lengths)
 
+    def from_the_future(self, u: Tensor, lag: int = 1) -> Tensor:
+        """The system run from right to left, sum_(s>=t+lag) K_(s-t-lag) u_s plus the skip: (..., H, L) -> (..., H, L).
+
+        lag 1: the first tap meets the next token, for a layer whose forward system answers the present one. lag 0: this one.
+        """
+        y = self.convolve(u.flip(-1))[0].flip(-1)
+        return y if lag == 0 else torch.nn.functional.pad(y[..., lag:], (0, lag))
+
 
 @dataclass(frozen=True)
 class DiagonalState(State):

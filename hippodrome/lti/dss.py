@@ -1,8 +1,10 @@
 """DSS: diagonal state spaces (Gupta, Gu, Berant, NeurIPS 2022), the first that did without S4's low-rank term.
 
-    exp:      Lambda = -exp(Lambda_re) + i Lambda_im,      K_l = Re sum_n W_n (exp(dt Lambda_n) - 1) / Lambda_n exp(dt Lambda_n l)
-    clip:     Lambda = min(Lambda_re, 1e-4) + i Lambda_im, K_l as in exp
-    softmax:  Lambda = Lambda_re + i Lambda_im,            K_l = Re sum_n W_n / Lambda_n softmax_l(dt Lambda_n l), l < length
+    exp:     Lambda = -exp(Lambda_re) + i Lambda_im
+    clip:    Lambda = min(Lambda_re, 1e-4) + i Lambda_im
+    softmax: Lambda = Lambda_re + i Lambda_im
+    kernel:  K_l = Re sum_n W_n (exp(dt Lambda_n) - 1) / Lambda_n exp(dt Lambda_n l) of exp and clip,
+             K_l = Re sum_n W_n / Lambda_n softmax_l(dt Lambda_n l), l < length, of softmax
 
 All channels share Lambda; there are no conjugate pairs and no B. The softmax makes the weights depend on `length` and lets
 modes grow: what grows is scaled to be one at the end of the length.

@@ -1,7 +1,7 @@
 """SSM: the layer of S4 around any linear system (Gu, Goel, Ré, ICLR 2022; S4D, NeurIPS 2022).
 
     y = W g,   g = gelu(system(x)),   with `glu` the output is a * sigmoid(b) where [a, b] = W g
-    bidirectional: system(x)_t + sum_(s>t) K'_(s-t-1) x_s before the gelu, K' the kernel of a second system
+    bidirectional: system(x)_t + sum_(s>=t+lag) K'_(s-t-lag) x_s before the gelu, K' the kernel of a second system
 
 x (B, L, D); the system has one channel each of the D. A system's own state is the mixer's.
 """
@@ -9,7 +9,7 @@ x (B, L, D); the system has one channel each of the D. A system's own state is t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,21 @@ class SSM(Mixer[State]):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Mixer.Config):
-        """glu: the linear map is twice as wide and gates itself. bidirectional: not causal, and so without a state."""
+        """glu: the linear map is twice as wide and gates itself. bidirectional: not causal, and so without a state.
+
+        lag: the token that the backward kernel meets first. 1: the next, as in S4, DSS and DLR. 0: the present, as in Mega's EMA.
+        """
 
         system: LTI.Config = field(default_factory=S4D.Config)
         bidirectional: bool = False
+        lag: Literal[0, 1] = 1
         glu: bool = True
         dropout: float = 0.0
 
     def __init__(self, config: Config, d_model: int) -> None:
         super().__init__()
         self.causal = not config.bidirectional
-        self.glu = config.glu
+        self.glu, self.lag = config.glu, config.lag
         self.system: LTI[Any] = config.system.build(d_model)
         self.backward_system: LTI[Any] | None = None
         if config.bidirectional:
@@ -59,7 +63,7 @@ class SSM(Mixer[State]):
         if lengths is not None:
             # The backward system would carry padding into the row.
             u = u * (torch.arange(u.shape[-1], device=u.device) < lengths[:, None, None])
-        y = self.system.convolve(u)[0] + _from_the_future(self.backward_system, u)
+        y = self.system.convolve(u)[0] + self.backward_system.from_the_future(u, self.lag)
         return self._mix_channels(y.transpose(1, 2)), None
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
@@ -95,9 +99,3 @@ class _SSMStepper(Stepper[State]):
     def step(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
         y, after = self._system(x, state)
         return self._mix_channels(y), after
-
-
-def _from_the_future(system: LTI[Any], u: Tensor) -> Tensor:
-    """sum_(s>t) K_(s-t-1) u_s: the next token meets the first tap, since the present one has the forward system's."""
-    y, _ = system.convolve(u.flip(-1))
-    return F.pad(y[..., :-1], (1, 0)).flip(-1)
