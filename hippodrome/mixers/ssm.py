@@ -29,7 +29,7 @@ class SSM(Mixer[State]):
     class Config(Mixer.Config):
         """glu: the linear map is twice as wide and gates itself. bidirectional: not causal, and so without a state.
 
-        lag: the token that the backward kernel meets first. 1: the next, as in S4, DSS and DLR. 0: the present, as in Mega's EMA.
+        lag: the token the backward kernel meets first. 1: the next, as in S4, DSS and DLR. 0: the present, as in Mega's EMA.
         """
 
         system: LTI.Config = field(default_factory=S4D.Config)
