@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hippodrome.lti._base import DiagonalState
-from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
 from hippodrome.part import BadInput
