@@ -18,6 +18,7 @@ SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_
 
 def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
+    wanted |= {"linear_transformer"}
     assert wanted <= set(recipes())
     assert set(LANGUAGE_MODELS) | set(SYNTHETIC) == set(recipes())
 

@@ -3,8 +3,8 @@
     y_t = sum_s (q_t . k_s) v_s / (sum_s q_t . k_s + eps)
         = q_t S_t / (q_t z_t + eps),    S_t = sum_s k_s v_s^T,  z_t = sum_s k_s
 
-over the keys s <= t if causal, else over all; q and k are features already, such as elu(x) + 1. z is S's column for a value that
-is always one: the sums (F, M + 1) hold S and, last, z.
+over the keys s <= t if causal, else over all; q and k are features already, such as elu(x) + 1. z is S's column for a value
+that is always one: the sums (F, M + 1) hold S and, last, z.
 
 Source: Transformers are RNNs (Katharopoulos et al., ICML 2020), sections 3.2 to 3.4.
 """

@@ -1,0 +1,42 @@
+"""Linear Transformer (Katharopoulos et al., ICML 2020): a Transformer whose attention is linear, and a language model of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hippodrome.mixers.linear_attention import Elu, Favor, Fourier, LinearAttention, Rectified
+from hippodrome.part import BadInput
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.run import RunConfig, TrainConfig
+
+_FEATURES = {"elu": Elu(), "favor": Favor(), "fourier": Fourier(), "rectified": Rectified()}
+
+
+def linear_transformer(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    n_head: int = 4,
+    features: Literal["elu", "favor", "fourier", "rectified"] = "elu",
+    positions: Literal["learned", "none"] = "learned",
+    dropout: float = 0.0,
+    text: Text = SOTU,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Linear Transformer language model: time and memory of a token do not depend on how many came before.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        n_head: Attention heads.
+        features: Of queries and keys: elu(x) + 1, or random ones.
+        positions: One learned vector a position, good up to the length of training, or none, good at any length.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    if n_head < 1 or d_model % n_head:
+        raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
+    mixers = [LinearAttention.Config(n_head=n_head, features=_FEATURES[features])] * n_layer
+    learned = positions == "learned"
+    return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout, learned_positions=learned)
