@@ -28,7 +28,7 @@ from hippodrome.state import State
 class FeatureMap(Choice):
     """What queries and keys become: (..., K) -> (..., F), in at least float32. The product of two is an attention weight."""
 
-    def draw(self, d_head: int) -> Tensor | None:
+    def draw(self, d_head: int, device: torch.device | None = None) -> Tensor | None:
         """The random projection (K, R), fp32 from torch's global generator; None where the map is not random."""
         return None
 
@@ -64,14 +64,14 @@ class Random(FeatureMap):
     redraw: bool = False
     """Whether every training call without a state has a W of its own. Otherwise, and for whatever has a state, it is fixed."""
 
-    def draw(self, d_head: int) -> Tensor:
+    def draw(self, d_head: int, device: torch.device | None = None) -> Tensor:
         columns = self.columns(d_head)
         if columns < 1:
             raise BadInput(f"n_projection is {columns}: it must be at least 1")
         if not self.orthogonal:
-            return torch.randn(d_head, columns)
-        blocks = torch.cat([_rotation(d_head) for _ in range(-(-columns // d_head))], 1)
-        return blocks[:, :columns] * torch.randn(d_head, columns).norm(dim=0)
+            return torch.randn(d_head, columns, device=device)
+        blocks = torch.cat([_rotation(d_head, device) for _ in range(-(-columns // d_head))], 1)
+        return blocks[:, :columns] * torch.randn(d_head, columns, device=device).norm(dim=0)
 
     def columns(self, d_head: int) -> int:
         return max(1, d_head // 2) if self.n_projection is None else self.n_projection
@@ -138,9 +138,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rotation(size: int) -> Tensor:
+def _rotation(size: int, device: torch.device | None) -> Tensor:
     """An orthogonal matrix drawn uniformly: without the signs its first column would always point to one side."""
-    q, r = torch.linalg.qr(torch.randn(size, size))
+    q, r = torch.linalg.qr(torch.randn(size, size, device=device))
     return q * r.diagonal().sign()
 
 
@@ -219,7 +219,6 @@ class LinearAttention(Mixer[LinearAttentionState]):
     def _features(self, q: Tensor, k: Tensor, *, fixed: bool) -> tuple[Tensor, Tensor]:
         features, projection = self.config.features, None if self.projection is None else self.projection.W
         if isinstance(features, Random) and features.redraw and self.training and not fixed:
-            with torch.device(q.device):
-                projection = features.draw(self.d_head)
+            projection = features.draw(self.d_head, q.device)
         with torch.autocast(q.device.type, enabled=False):
             return features.of(q, projection), features.of(k, projection)

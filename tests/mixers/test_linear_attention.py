@@ -188,6 +188,14 @@ def test_redrawn_in_training_and_fixed_for_a_state():
     assert torch.equal(mixer.projection.W, fixed)
 
 
+def test_redrawing_compiles_into_one_graph():
+    mixer = build(LinearAttention.Config(features=Favor(redraw=True)), 16)
+    torch.compiler.reset()
+    forward = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    x = vectors(2, 7, 16)
+    assert not torch.equal(forward(x)[0], forward(x)[0])
+
+
 def test_the_projection_is_saved_and_stays_float32():
     mixer = build(LinearAttention.Config(features=Favor()), 16).to(torch.bfloat16)
     assert mixer.projection.W.dtype == torch.float32
