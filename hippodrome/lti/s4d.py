@@ -45,20 +45,22 @@ class S4D(Diagonal):
         """init: where A starts, with n = 0, 1, ... and N = d_state. dt starts log-uniform in [dt_min, dt_max].
 
         lin: -1/2 + i pi n. inv: -1/2 + i (N / pi)(N / (2n + 1) - 1). legs: the eigenvalues of the normal part of HiPPO-LegS.
-        real: -(n + 1).
+        real: -(n + 1). quad: -1/2 + i (2n + 1)^2 / pi.
         B: "hippo" starts B of init legs at HiPPO's, its imaginary part clipped to [-2, 2], as S4 does; "one" starts it at 1,
         as H3 does. B of the other inits starts at 1.
         n_ssm: copies of A and B shared by the channels; None: each its own.
+        bandlimit: modes of at least so many times half a turn a sample are silent; at 1 those that alias. None: all sound.
         """
 
         d_state: int = 64
-        init: Literal["lin", "inv", "legs", "real"] = "lin"
+        init: Literal["lin", "inv", "legs", "real", "quad"] = "lin"
         disc: Literal["zoh", "bilinear"] = "zoh"
         B: Literal["hippo", "one"] = "hippo"
         train_B: bool = True
         dt_min: float = 1e-3
         dt_max: float = 1e-1
         n_ssm: int | None = None
+        bandlimit: float | None = None
         skip: bool = True
 
         def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class S4D(Diagonal):
                 )
             if not 0 < self.dt_min <= self.dt_max:
                 raise BadInput(f"the time steps [{self.dt_min}, {self.dt_max}] are no range: 0 < dt_min <= dt_max")
+            if self.bandlimit is not None and self.bandlimit <= 0:
+                raise BadInput(f"bandlimit {self.bandlimit} silences every mode: take 1, or None for no limit")
 
     def __init__(self, config: Config, channels: int) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class S4D(Diagonal):
         if copies < 1 or channels % copies:
             raise BadInput(f"n_ssm {copies} does not divide {channels} channels: take {math.gcd(max(copies, 1), channels)}")
         self.real = config.init == "real"
-        self.disc = config.disc
+        self.disc, self.bandlimit = config.disc, config.bandlimit
         a, b = _initial(config)
         log_low, log_high = math.log(config.dt_min), math.log(config.dt_max)
         pair = 1 if self.real else 2
@@ -111,14 +115,21 @@ class S4D(Diagonal):
 
     def _discretise(self, real: torch.dtype, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """dt A and Bbar, (H, M) complex, computed in the dtype `real`."""
-        shares = self.log_dt.shape[0] // self.B.shape[0]
         dt = torch.exp(self.log_dt.to(real)).unsqueeze(-1) * rate
         a = torch.complex(-torch.exp(self.log_A_real.to(real)), self.A_imag.to(real))
-        dt_a, dt_b = dt * a.repeat(shares, 1), dt * _complex(self.B.to(real)).repeat(shares, 1)
+        dt_a, dt_b = dt * self._each(a), dt * self._each(_complex(self.B.to(real)))
         return dt_a, dt_b * expm1_over(dt_a) if self.disc == "zoh" else dt_b / (1 - dt_a / 2)
+
+    def _each(self, shared: Tensor) -> Tensor:
+        """(S, M) to (H, M): channel h uses copy h mod S."""
+        return shared.repeat(self.log_dt.shape[0] // shared.shape[0], 1)
 
     def _weights(self, b_bar: Tensor) -> Tensor:
         weights = _complex(self.C.to(b_bar.real.dtype)) * b_bar
+        if self.bandlimit is not None:
+            # In turns a sample at the rate the model was made for: another rate hears the same modes.
+            turns = self.log_dt.exp().unsqueeze(-1) * self._each(self.A_imag.abs()) / (2 * math.pi)
+            weights = weights * (turns < self.bandlimit / 2)
         return weights if self.real else 2 * weights
 
 
@@ -130,7 +141,12 @@ def _initial(config: S4D.Config) -> tuple[Complex, Complex]:
         start = hippo.B.real + 1j * hippo.B.imag.clip(-2, 2)
         return hippo.w, start if config.B == "hippo" else np.ones_like(start)
     n = np.arange(n_state if config.init == "real" else n_state // 2)
-    frequency = {"lin": np.pi * n, "inv": n_state / np.pi * (n_state / (2 * n + 1) - 1), "real": 0.0 * n}[config.init]
+    frequency = {
+        "lin": np.pi * n,
+        "inv": n_state / np.pi * (n_state / (2 * n + 1) - 1),
+        "real": 0.0 * n,
+        "quad": (2 * n + 1) ** 2 / np.pi,
+    }[config.init]
     decay = n + 1.0 if config.init == "real" else 0.5
     a = np.asarray(-decay + 1j * frequency, dtype=np.complex128)
     return a, np.ones_like(a)

@@ -14,6 +14,7 @@ VARIANTS = (
     S4D.Config(init="inv", disc="bilinear", d_state=16),
     S4D.Config(init="legs", d_state=32, n_ssm=2),
     S4D.Config(init="real", d_state=5, train_B=False, skip=False),
+    S4D.Config(init="quad", d_state=8, bandlimit=0.5),
 )
 
 DIAGONAL = cases("sskernel_diag")
@@ -80,6 +81,29 @@ def test_legs_starts_at_the_clipped_input_weights_of_hippo():
     expected = load("hippo_legs_N16")["nplr/B_clipped"]
     # Both fix an eigenvector's phase by its first entry, up to the sign.
     assert relative_error(system.B[1].abs(), expected.abs()) < 1e-6
+
+
+def test_the_quadratic_start():
+    system = S4D.Config(d_state=6, init="quad").build(2)
+    torch.testing.assert_close(system.A_imag[0], torch.tensor([1.0, 9.0, 25.0]) / math.pi)
+    torch.testing.assert_close(system.log_A_real[1].exp(), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0])
+def test_a_bandlimit_silences_what_turns_faster(rate):
+    """Half a turn a sample is where aliasing begins. The rate does not move the limit, as in S4's version 4."""
+    torch.manual_seed(0)
+    limited = S4D.Config(d_state=6, bandlimit=0.8, n_ssm=1, skip=False).build(2)
+    free = S4D.Config(d_state=6, n_ssm=1, skip=False).build(2)
+    free.load_state_dict(limited.state_dict())
+    with torch.no_grad():
+        for system in (limited, free):
+            system.log_dt.copy_(torch.tensor([1.0, 0.5]).log())
+            system.A_imag.copy_(math.pi * torch.tensor([[0.5, -0.9, 1.7]]))
+        free.C[0, 1:] = 0.0
+        free.C[1, 2] = 0.0
+    torch.testing.assert_close(limited.kernel(9, rate=rate), free.kernel(9, rate=rate))
+    torch.testing.assert_close(limited.recurrence()[1], free.recurrence()[1])
 
 
 @pytest.mark.parametrize("disc", ["zoh", "bilinear"])
@@ -170,6 +194,7 @@ class _Modes(torch.nn.Module):
         ({"dt_min": 0.1, "dt_max": 0.01}, "dt_min"),
         ({"n_ssm": 3}, "n_ssm 3 does not divide 4"),
         ({"n_ssm": 0}, "n_ssm 0"),
+        ({"bandlimit": 0.0}, "bandlimit"),
     ],
 )
 def test_bad_settings_are_one_clear_line(settings, word):
