@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hippodrome.lti._base import DiagonalState
+from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
 from hippodrome.part import BadInput
@@ -16,6 +17,7 @@ VARIANTS = (
     SSM.Config(system=S4D.Config(d_state=8, init="inv", disc="bilinear"), glu=False),
     SSM.Config(system=S4D.Config(d_state=8), bidirectional=True),
     SSM.Config(system=S4D.Config(d_state=4), bidirectional=True, lag=0),
+    SSM.Config(system=S4.Config(d_state=8, length=32), glu=False),
 )
 
 CONJUGATE = torch.tensor([1.0, -1.0])

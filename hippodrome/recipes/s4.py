@@ -1,0 +1,37 @@
+"""S4 (Gu, Goel, Ré, ICLR 2022): a language model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hippodrome.lti.s4 import S4
+from hippodrome.mixers.ssm import SSM
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.run import RunConfig, TrainConfig
+
+
+def s4(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    d_state: int = 64,
+    init: Literal["legs", "legt", "fout", "mixed"] = "legs",
+    n_ssm: int | None = None,
+    dropout: float = 0.0,
+    text: Text = SOTU,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """S4 language model: blocks of a diagonal plus low-rank state space with a GLU output, and MLPs.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        d_state: States of a channel's system.
+        init: HiPPO matrix that the systems start from; mixed: LegS and FouT, half the copies each.
+        n_ssm: Copies of the state matrix shared by the channels; None: each its own.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    system = S4.Config(d_state=d_state, init=init, length=text.length, n_ssm=n_ssm)
+    return language_model([SSM.Config(system=system)] * n_layer, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
