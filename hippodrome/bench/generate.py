@@ -1,4 +1,5 @@
-"""generate: tokens a second after prompts, a Transformer beside H3, all of 1.3B's shape, and beside transformers' `generate`.
+"""generate: tokens a second after prompts, a Transformer beside H3 and linear attention, all of 1.3B's shape, and beside
+transformers' `generate`.
 
 24 blocks of width 2048, heads of 128, half precision, random weights and prompts (neither changes the work). The H3 hybrid has
 attention in two blocks, as published; transformers generates with a GPT-2 of the same shape. The prefill of the whole batch and
@@ -25,10 +26,12 @@ from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes.h3 import h3, pure
+from hippodrome.recipes.linear_transformer import linear_transformer
 from hippodrome.recipes.transformer import transformer
 
 TRANSFORMER, HYBRID, PURE, PEER = "Transformer", "H3, two layers of attention", "H3 alone", "transformers' generate, GPT-2"
-WAYS = (TRANSFORMER, HYBRID, PURE, PEER)
+LINEAR = "linear attention"
+WAYS = (TRANSFORMER, HYBRID, PURE, LINEAR, PEER)
 TASK = "generation"
 
 GPU_LENGTHS, CPU_LENGTHS = (512, 1024, 2048, 8192, 32768), (64, 256)
@@ -85,6 +88,7 @@ def _models(channels: int, layers: int, head_dim: int, vocabulary: int) -> dict[
         TRANSFORMER: transformer(n_head=heads, **shape),  # type: ignore[arg-type]
         HYBRID: h3(n_head=heads, head_dim=head_dim, **shape),  # type: ignore[arg-type]
         PURE: pure(head_dim=head_dim, **shape),  # type: ignore[arg-type]
+        LINEAR: linear_transformer(n_head=heads, positions="none", **shape),  # type: ignore[arg-type]
     }
     embed = Tokens.Config(vocab_size=vocabulary, pad_to_multiple=64)
     return {way: dataclasses.replace(config.model, embed=embed) for way, config in configs.items()}
@@ -150,7 +154,7 @@ def _transformers(bench: Bench, empty: Sequence[Row]) -> Iterator[Row]:
 
 
 def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:
-    """Tokens a second over the Transformer's and over transformers', with the prefill and without; how flat H3's steps are."""
+    """Tokens a second over the Transformer's and transformers', with the prefill and without; how flat fixed states' steps are."""
 
     def paper(row: Row) -> float | None:
         return 1.6 if on_gpu and row.length >= 1024 else None
@@ -161,14 +165,16 @@ def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:
     for of, what in ((cost, "tokens/s"), (_step, "tokens/s of the steps alone")):
         over = f"{what}, over the Transformer's"
         yield from ratios(rows_, TRANSFORMER, HYBRID, f"{HYBRID}: {over}", "at least", of=of, bound=paper)
-        yield from ratios(rows_, TRANSFORMER, PURE, f"{PURE}: {over}", "at least", of=of)
+        for way in (PURE, LINEAR):
+            yield from ratios(rows_, TRANSFORMER, way, f"{way}: {over}", "at least", of=of)
     over = "tokens/s, over transformers' generate"
     yield from ratios(rows_, PEER, HYBRID, f"{HYBRID}: {over}", "at least", bound=peer)
-    steps = {row.length: seconds for row in rows_ if row.way == PURE and (seconds := _step(row))}
-    if len(steps) > 1:
-        flat = steps[max(steps)] / steps[min(steps)]
-        what = f"{PURE}: a step after the longest prompt over one after the shortest"
-        yield Ratio(what=what, task=TASK, length=0, batch=0, value=flat, kind="at most", bound=1.1 if on_gpu else None)
+    for way in (PURE, LINEAR):
+        steps = {row.length: seconds for row in rows_ if row.way == way and (seconds := _step(row))}
+        if len(steps) > 1:
+            flat = steps[max(steps)] / steps[min(steps)]
+            what = f"{way}: a step after the longest prompt over one after the shortest"
+            yield Ratio(what=what, task=TASK, length=0, batch=0, value=flat, kind="at most", bound=1.1 if on_gpu else None)
 
 
 def _step(row: Row) -> float | None:
