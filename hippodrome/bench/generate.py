@@ -154,7 +154,7 @@ def _transformers(bench: Bench, empty: Sequence[Row]) -> Iterator[Row]:
 
 
 def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:
-    """Tokens a second over the Transformer's and transformers', with the prefill and without; how flat fixed states' steps are."""
+    """Tokens a second over the Transformer's and transformers', with and without the prefill; how flat the steps are."""
 
     def paper(row: Row) -> float | None:
         return 1.6 if on_gpu and row.length >= 1024 else None
