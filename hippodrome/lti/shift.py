@@ -123,7 +123,8 @@ class Shift(LTI[ShiftState]):
     def _last(self, signal: Tensor, lengths: Tensor | None) -> ShiftState:
         """The last N of a signal that begins with the N inputs before the chunk; `lengths` counts what came after them."""
         if lengths is None:
-            return ShiftState(signal[..., -self.d_state :])
+            # A copy: a view would keep the whole chunk.
+            return ShiftState(signal[..., -self.d_state :].clone())
         index = lengths[:, None] + torch.arange(self.d_state, device=signal.device)
         index = index.reshape(len(lengths), *[1] * (signal.dim() - 2), self.d_state)
         return ShiftState(signal.gather(-1, index.expand(*signal.shape[:-1], self.d_state)))

@@ -53,7 +53,7 @@ class SSM(Mixer[State]):
 
     def forward(self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, State | None]:
         u = x.transpose(1, 2)
-        if torch.is_autocast_enabled(u.device.type):
+        if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
             # The norm before is an fp32 island; the system's input is what the other mixers' products make of theirs.
             u = u.to(torch.get_autocast_dtype(u.device.type))
         if self.backward_system is None:

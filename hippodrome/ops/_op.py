@@ -149,3 +149,20 @@ def announced(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return run
 
     return decorate
+
+
+def on_its_device(leaf: Callable[P, R]) -> Callable[P, R]:
+    """Of a leaf that runs GPU kernels: they are launched where its first tensor is, not on the current device."""
+
+    @functools.wraps(leaf)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return leaf(*args, **kwargs)
+
+    return run
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device. By its properties, which torch.compile takes for constants."""
+    facts = torch.cuda.get_device_properties(device)
+    return facts.major, facts.minor

@@ -120,7 +120,7 @@ CASES = {
         "without": ("pre", "post", "taps", "skip", "state"),
     },
     "only the gate in front": {"batch": 3, "channels": 1, "length": 130, "modes": 5, "without": ("post", "state", "past")},
-    "chunks of 16": {"batch": 2, "channels": 1, "length": 65, "modes": 70},
+    "modes in slices": {"batch": 2, "channels": 1, "length": 65, "modes": 70},
     "more taps than a chunk": {"batch": 2, "channels": 2, "length": 130, "modes": 3, "taps": 64},
     "a past longer than the taps": {"batch": 2, "channels": 1, "length": 40, "modes": 3, "taps": 5},
 }
@@ -275,6 +275,36 @@ def test_forward_and_backward_have_the_same_pieces():
             assert (ahead.R, ahead.T, ahead.N) == (back.R, back.T, back.N)
 
 
+@interpreted
+def test_one_state_for_all_sequences_is_that_of_each(on_cpu):
+    given = rounded(case(3, 2, 65, 3, without=("taps",)), torch.float32)
+    signals = {"u": given["u"], "pre_gate": given["pre"], "post_gate": given["post"]}
+    call = {
+        **signals,
+        "log_modes": given["log_modes"],
+        "weights": given["weights"],
+        "state": given["state"][:1],
+        "return_state": True,
+    }
+    for found, exact in zip(backend._triton(**call), diagonal_ssm.reference(**call), strict=True):
+        assert_close(found, exact, 1e-5)
+
+
+@interpreted
+def test_no_tokens_leave_the_state(on_cpu):
+    given = rounded(case(2, 2, 1, 3), torch.float32)
+    nothing = {name: t[..., :0] if name in ("u", "pre", "post") else t for name, t in given.items()}
+    y, after = fused(**nothing)
+    assert y.shape == (2, 2, 0)
+    assert torch.equal(after, given["state"])
+
+
+def test_a_gate_that_would_lose_digits_is_refused():
+    u, modes = torch.zeros(1, 2, 5, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.complex64)
+    assert "gate of torch.float32" in backend._why_not(u, modes, modes, pre_gate=u.float())
+    assert backend._why_not(u.float(), modes, modes, pre_gate=u) == "the tensor is on cpu"
+
+
 def test_it_says_why_it_cannot_take_a_call():
     u, modes = torch.zeros(1, 2, 5), torch.zeros(2, 3, dtype=torch.complex64)
     assert backend.refusal(u, modes) == "the tensor is on cpu"
@@ -289,7 +319,7 @@ GRID = [
     (3, 8193, 1, torch.float16, ("taps",), "mixed"),
     (64, 63, 64, torch.float16, ("state", "past"), "HBL"),
     (3, 64, 256, torch.bfloat16, ("post",), "BHL"),
-    (3, 1, 256, torch.float32, ("taps", "state", "skip"), "BHL"),
+    (3, 130, 256, torch.float32, ("taps", "state", "skip"), "BHL"),
     (1, 63, 1, torch.bfloat16, ("pre", "post", "taps", "skip", "state"), "BHL"),
 ]
 

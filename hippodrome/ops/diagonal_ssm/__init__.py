@@ -50,7 +50,9 @@ def mode_states(log_modes: Tensor, u: Tensor) -> Tensor:
     """The modes at rest after the inputs: sum_l exp((L-1-l) log_modes) u_l, (H, N) and (..., H, L) real -> (..., H, N)."""
     length = u.shape[-1]
     coarse, fine = _coarse_and_fine(log_modes, length)
-    backwards = F.pad(u.flip(-1), (0, coarse.shape[-1] * fine.shape[-1] - length)).unflatten(-1, (-1, fine.shape[-1]))
+    backwards = F.pad(u.contiguous().flip(-1), (0, coarse.shape[-1] * fine.shape[-1] - length)).unflatten(
+        -1, (-1, fine.shape[-1])
+    )
     pairs = backwards @ torch.view_as_real(fine.transpose(-1, -2)).flatten(-2)
     return (torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * coarse.transpose(-1, -2)).sum(-2)
 

@@ -15,8 +15,8 @@ Gradients of modes and weights are sums of elementwise products of states and ad
 taps within a chunk are the diagonals of one T x T product. The backward of the FIR, which knows no order, is a kernel of its
 own. No atomics.
 
-In all products the moving operand is in registers and the table in shared memory, which so is written once and needs no
-fence. The real and imaginary part of a mode lie eight columns apart: a thread has both at hand.
+In the products with tables the moving operand is in registers and the table in shared memory, which so is written once and
+needs no fence. The real and imaginary part of a mode lie eight columns apart: a thread has both at hand.
 
 Two bugs of compilers shape this. Triton before 3.7.1 can miscompile a product whose first operand is a transposed
 accumulator: here what is transposed was loaded. ptxas 12.8 spoiled a backward of one kernel, which needed more registers than

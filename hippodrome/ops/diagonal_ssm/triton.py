@@ -1,4 +1,4 @@
-"""diagonal_ssm on the GPU: one Triton program a channel and tile of chunks, forward and backward. See `_kernels.py`."""
+"""diagonal_ssm on the GPU: one Triton program a channel and tile of rows, forward and backward. See `_kernels.py`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from hippodrome.ops._flops import count_flops
-from hippodrome.ops._op import announced
+from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_states
 from hippodrome.ops.long_conv import long_conv
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+CAPABILITY = (9, 0)
+"""Least compute capability: what the kernels were measured on. Their tables need more shared memory than most others have."""
 MODES = 256
-"""Most complex modes a channel; beyond, states do not fit the registers."""
+"""Most complex modes a channel."""
+SLICE = 64
+"""Most modes that go through a kernel at once; with more, their states do not fit the registers."""
 PRODUCTS = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
 """Dtype of inputs -> dtype of tables and of the operands of products. States of large inputs would overflow in fp16, so its
 products are in tf32, which rounds as finely; those of fp32 are three of tf32, which is exact to 1e-6."""
@@ -46,34 +50,43 @@ class Tiling:
         return -(-length // span), span
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def tiling(modes: int, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
-    """The layout of the kernels for this many modes."""
+    """The layout for this many modes, at most `SLICE`. Only warps and stages depend on the direction: both share scratch."""
     half = dtype == torch.bfloat16
-    n = max(32 if half else 16, _power_of_two(modes))
-    chunk = 64 if n <= 32 else 32 if n <= 64 else 16
-    if dtype == torch.float32:
-        chunk = min(chunk, 32)
+    n = max(32 if half else 16, 1 << max(0, modes - 1).bit_length())
+    chunk = 64 if n <= 32 and dtype != torch.float32 else 32
     if half and n <= 32:
         return Tiling(64, chunk, n, 8 if backward else 4, 2 if backward else 3)
-    return Tiling(16, chunk, n, 8 if n > 64 else 4, 1)
+    return Tiling(16, chunk, n, 4, 1)
 
 
 def refusal(u: Tensor, log_modes: Tensor) -> str | None:
     """Why these kernels cannot take inputs like u with these modes; None: they can."""
     if u.device.type != "cuda":
         return f"the tensor is on {u.device.type}"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if capability(u.device) < CAPABILITY:
+        return f"compute capability {capability(u.device)} is under {CAPABILITY}"
     if u.dtype not in PRODUCTS:
         return f"dtype {u.dtype}: it takes {', '.join(str(dtype) for dtype in PRODUCTS)}"
     if log_modes.shape[1] > MODES:
         return f"{log_modes.shape[1]} modes are more than {MODES}"
-    return None if HAS_TRITON else "triton is not installed"
+    return None
 
 
-def _why_not(u: Tensor, log_modes: Tensor, weights: Tensor, **_: object) -> str | None:
+def _why_not(
+    u: Tensor,
+    log_modes: Tensor,
+    weights: Tensor,
+    *,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    **_: object,
+) -> str | None:
+    for gate in (pre_gate, post_gate):
+        if gate is not None and torch.promote_types(u.dtype, gate.dtype) != u.dtype:
+            return f"a gate of {gate.dtype} would be rounded to the inputs' {u.dtype}"
     return refusal(u, log_modes)
 
 
@@ -92,7 +105,7 @@ def _triton(
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(u.dtype).expand(u.shape).reshape(-1, *u.shape[-2:])
 
-    before = None if state is None else state.reshape(-1, *state.shape[-2:])
+    before = None if state is None else state.expand(*u.shape[:-1], state.shape[-1]).reshape(-1, *state.shape[-2:])
     y, after = fused(
         u.reshape(-1, *u.shape[-2:]), log_modes, weights, skip=skip, pre=rows(pre_gate), post=rows(post_gate),
         state=before, return_state=return_state,
@@ -113,22 +126,20 @@ def fused(
     state: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """diagonal_ssm of a FIR of u: `taps` (H, T <= 64), `past` (B, H, P) the inputs before u. u and gates (B, H, L) of one
-    dtype."""
+    """diagonal_ssm of a FIR of u.
+
+    u and gates (B, H, L) of one dtype; taps (H, any number); past (B, H, P), the inputs before u, gets no gradient; state
+    (B, H, N).
+    """
+    if u.numel() == 0:
+        return u.clone(), state if return_state else None
     modes = log_modes.shape[1]
-    if modes > MODES // 2 and u.dtype == torch.float32:
-        # The tables of all modes together are more than shared memory holds.
+    if modes > SLICE:
         rest: dict[str, Any] = {"taps": taps, "pre": pre, "post": post, "past": past, "return_state": return_state}
-        parts = [
-            fused(u, log_modes[:, at], weights[:, at], state=None if state is None else state[..., at], skip=with_skip, **rest)
-            for at, with_skip in ((slice(MODES // 2), skip), (slice(MODES // 2, None), None))
-        ]
-        return parts[0][0] + parts[1][0], torch.cat(
-            [part[1] for part in parts if part[1] is not None], -1
-        ) if return_state else None
+        return _in_slices(u, log_modes, weights, skip, state, rest)
     u, pre, post = (None if t is None else _time_last(t) for t in (u, pre, post))  # type: ignore[assignment]
     plan = tiling(modes, u.dtype)
-    if taps is not None and taps.shape[1] > min(plan.T, tiling(modes, u.dtype, backward=True).T):
+    if taps is not None and taps.shape[1] > plan.T:
         signal = u if past is None else torch.cat([past.to(u.dtype), u], -1)
         u, taps, past = long_conv(signal, taps)[..., signal.shape[-1] - u.shape[-1] :], None, None
     log_pairs, weight_pairs, state_pairs = (None if t is None else _pairs(t) for t in (log_modes, weights, state))
@@ -151,6 +162,21 @@ def fused(
     return y, left * torch.view_as_complex(carry) + mode_states(log_modes, x)
 
 
+def _in_slices(
+    u: Tensor, log_modes: Tensor, weights: Tensor, skip: Tensor | None, state: Tensor | None, rest: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Systems add up: the outputs of `SLICE` modes at a time, the skip with the first."""
+    total, states = torch.zeros((), device=u.device), list[Tensor]()
+    for start in range(0, log_modes.shape[1], SLICE):
+        at = slice(start, start + SLICE)
+        before = None if state is None else state[..., at]
+        y, after = fused(u, log_modes[:, at], weights[:, at], skip=None if start else skip, state=before, **rest)
+        total = total + y.float()
+        if after is not None:
+            states.append(after)
+    return total.to(u.dtype), torch.cat(states, -1) if states else None
+
+
 def _pairs(t: Tensor) -> Tensor:
     """Complex t (...) as its contiguous real and imaginary parts (..., 2)."""
     return torch.view_as_real(t.to(torch.complex64).resolve_conj().contiguous())
@@ -164,6 +190,7 @@ def _time_last(t: Tensor) -> Tensor:
 
 @torch.library.custom_op("hippodrome::diagonal_fused", mutates_args=(), device_types="cuda")
 @announced("diagonal_ssm")
+@on_its_device
 def _fused(
     u: Tensor,
     pre: Tensor | None,
@@ -256,6 +283,7 @@ def _done(plan: Tiling, length: int) -> int:
 
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
 @announced("diagonal_ssm's backward")
+@on_its_device
 def _fused_backward(
     dy: Tensor,
     dcarry: Tensor | None,

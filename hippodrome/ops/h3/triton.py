@@ -1,7 +1,7 @@
 """h3 on the GPU. Heads of one channel are one kernel: `diagonal_ssm` with the FIR in front, v before it and q behind it.
 
 Heads of p channels: the FIR once, then for each of the p channels of v one call with all p channels of k as rows, whose
-outputs are summed. The outer product is never in memory; the channel of v is, repeated p times.
+outputs are summed. The outer product is not made, but each channel of v is repeated p times, and the backward keeps that.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hippodrome.ops._flops import count_flops, register_flops
+from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.long_conv import _table, long_conv
 from hippodrome.ops.long_conv._taps import Taps, Wanted, empty
 
@@ -27,8 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _why_not(u: Tensor, kernel: Tensor, **rest: Tensor | None) -> str | None:
     if u.device.type not in DEVICES:
         return f"the tensor is on {u.device.type}"
-    if u.is_cuda and torch.cuda.get_device_capability(u.device) < (8, 0):
-        return f"compute capability {torch.cuda.get_device_capability(u.device)} is under (8, 0)"
+    if u.is_cuda and capability(u.device) < (8, 0):
+        return f"compute capability {capability(u.device)} is under (8, 0)"
     if u.dtype not in DTYPES:
         return f"{u.dtype} has no tensor-core products here: float32, bfloat16 and float16 do"
     if wide := [
@@ -87,6 +88,8 @@ def tune(device: torch.device, *, progress: Callable[[str], None] | None = None)
 
 
 @torch.library.custom_op("hippodrome::long_conv", mutates_args=())
+@announced("long_conv")
+@on_its_device
 def _conv(
     u: Tensor, kernel: Tensor, kernel_rev: Tensor | None, skip: Tensor | None, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
@@ -102,6 +105,8 @@ def _(u: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("hippodrome::long_conv_backward", mutates_args=())
+@announced("long_conv's backward")
+@on_its_device
 def _conv_backward(
     dy: Tensor,
     u: Tensor,
