@@ -196,6 +196,11 @@ def _linear_attention(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ..
     return "8 x 12 heads of 64 x 1024, causal", (q, q, q), {}
 
 
+def _scan(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    b = _blank(8, 2048, 128, kind=kind, dtype=torch.complex64)
+    return "8 x 2048 x 128 complex states", (b, b), {}
+
+
 def _cross_entropy(kind: str, dtype: torch.dtype) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     hidden, weight = _blank(8, 1024, 768, kind=kind, dtype=dtype), _blank(50264, 768, kind=kind, dtype=dtype)
     targets = _blank(8, 1024, kind=kind, dtype=torch.int64)
@@ -212,4 +217,5 @@ _EXAMPLES: dict[str, Callable[[str, torch.dtype], tuple[str, tuple[Any, ...], di
     "h3_step": _h3_step,
     "linear_attention": _linear_attention,
     "long_conv": _long_conv,
+    "scan": _scan,
 }

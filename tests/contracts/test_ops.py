@@ -18,6 +18,7 @@ from hippodrome.ops.h3 import h3
 from hippodrome.ops.h3_step import h3_step
 from hippodrome.ops.linear_attention import linear_attention
 from hippodrome.ops.long_conv import long_conv
+from hippodrome.ops.scan import scan
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Window
 
@@ -126,6 +127,20 @@ def linear_attention_case(length, dtype, seed=0):
     return call, inputs
 
 
+def scan_case(length, dtype, seed=0):
+    """Complex coefficients of every token, one for all tokens, and real ones; time in the middle or last in memory."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    pair = lambda *shape: torch.complex(draw(g, wide, *shape), draw(g, wide, *shape))  # noqa: E731
+    inputs = {"a": pair(2, 5, length).transpose(1, 2) / 2, "b": pair(2, length, 5), "state": pair(2, 5)}
+    inputs |= {"same": pair(5) / 2, "real_a": draw(g, dtype, 2, length, 5).sigmoid(), "real_b": draw(g, dtype, 2, length, 5)}
+
+    def call(a, b, state, same, real_a, real_b):
+        return scan(a, b, state), scan(same, b), scan(real_a, real_b)
+
+    return call, inputs
+
+
 def add_norm_case(length, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, delta = draw(g, dtype, 2, length, 6)
@@ -143,6 +158,7 @@ CASES = {
     "h3": (h3, h3_case),
     "h3_step": (h3_step, h3_step_case),
     "linear_attention": (linear_attention, linear_attention_case),
+    "scan": (scan, scan_case),
 }
 PAIRS = [
     (name, backend)

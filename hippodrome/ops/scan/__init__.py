@@ -1,0 +1,52 @@
+"""scan: a linear recurrence, each channel by itself, whose coefficients may change from token to token.
+
+    x_t = a_t x_(t-1) + b_t
+
+Source: S5 (Smith, Warrington, Linderman, ICLR 2023), which computes it by a parallel scan (Blelloch, 1990).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hippodrome.ops._op import Op
+from hippodrome.part import BadInput
+
+
+@Op
+def scan(a: Tensor, b: Tensor, state: Tensor | None = None) -> Tensor:
+    """All x, (B, L, N) in b's dtype; the last is the state after them.
+
+    b (B, L, N), real or complex; a, broadcastable to it: (N,) for a system that does not change, (B, L, N) for irregular
+    time steps; state (B, N), the x before, None: zero. Arithmetic is at least float32.
+    """
+    a, b, before = arguments(a, b, state)
+    dtype, states = b.dtype, []
+    a, b = at_least_single(a), at_least_single(b)
+    x = at_least_single(before)
+    for t in range(b.shape[1]):
+        x = a[:, t] * x + b[:, t]
+        states.append(x)
+    return torch.stack(states, 1).to(dtype)
+
+
+def arguments(a: Tensor, b: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """a in b's shape, b, and the state that is meant, after a look at their shapes and kinds."""
+    if b.dim() != 3 or b.shape[1] < 1:
+        raise BadInput(f"b of shape {tuple(b.shape)} is not (B, L, N) with at least one token")
+    if a.is_complex() and not b.is_complex():
+        raise BadInput(f"a is {a.dtype} and b {b.dtype}: the states would be complex, so b must be")
+    if a.dim() > 3 or any(mine not in (1, whole) for mine, whole in zip(a.shape[::-1], b.shape[::-1], strict=False)):
+        raise BadInput(f"a of shape {tuple(a.shape)} does not broadcast to b's {tuple(b.shape)}")
+    before = b.new_zeros(b.shape[0], b.shape[2]) if state is None else state
+    return a.expand(b.shape), b, before
+
+
+def at_least_single(t: Tensor) -> Tensor:
+    """Half precision becomes float32."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+# Backends register themselves; the reference must exist first.
+from hippodrome.ops.scan import chunked as _chunked  # noqa: E402, F401
