@@ -31,6 +31,11 @@ class Pattern(Choice):
         """How many keys, its own included, the farthest-looking query needs; None when there is no bound."""
         return None
 
+    @property
+    def moves(self) -> bool:
+        """Whether what a query sees depends on distances alone, so that it moves along with the query."""
+        return True
+
     def mask(self, n_q: int, n_k: int, q_start: int = 0, head: int = 0) -> Tensor:
         """The (n_q, n_k) bool mask of queries q_start, q_start + 1, ... against keys 0, 1, ..."""
         q, k = torch.arange(q_start, q_start + n_q), torch.arange(n_k)
@@ -79,3 +84,25 @@ class Window(Pattern):
     @property
     def reach(self) -> int | None:
         return self.size
+
+
+@dataclass(frozen=True)
+class Chunk(Pattern):
+    """The sequence is cut into chunks of `size` tokens; a query sees itself and the keys before it in its own chunk."""
+
+    size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise BadInput(f"a chunk of {self.size} keys holds nothing: size must be at least 1")
+
+    def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q // self.size == k // self.size)
+
+    @property
+    def reach(self) -> int | None:
+        return self.size
+
+    @property
+    def moves(self) -> bool:
+        return False

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hippodrome.part import BadInput, from_dict, to_dict
-from hippodrome.patterns import Causal, Full, Pattern, Window
+from hippodrome.patterns import Causal, Chunk, Full, Pattern, Window
 
 
 def drawn(mask):
@@ -19,6 +19,14 @@ def test_causal():
 def test_window():
     assert drawn(Window(size=2).mask(4, 4)) == ["x...", "xx..", ".xx.", "..xx"]
     assert drawn(Window(size=1).mask(2, 2)) == ["x.", ".x"]
+
+
+def test_chunk():
+    assert drawn(Chunk(size=2).mask(5, 5)) == ["x....", "xx...", "..x..", "..xx.", "....x"]
+    assert drawn(Chunk(size=3).mask(2, 5, q_start=3)) == ["...x.", "...xx"]
+    assert not Chunk(size=2).moves
+    with pytest.raises(BadInput, match="a chunk of 0 keys"):
+        Chunk(size=0)
 
 
 def test_full():
@@ -44,7 +52,7 @@ def test_a_window_of_nothing_is_refused():
 
 
 def test_patterns_are_told_apart_by_name():
-    for pattern in (Causal(), Window(size=7), Full()):
+    for pattern in (Causal(), Window(size=7), Chunk(size=7), Full()):
         assert from_dict(Pattern, to_dict(pattern)) == pattern
     with pytest.raises(BadInput, match="did you mean 'Window'"):
         from_dict(Pattern, {"choice": "Windw", "size": 3})

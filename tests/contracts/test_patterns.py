@@ -60,7 +60,7 @@ def test_reach_bounds_how_far_back_a_query_looks_and_is_met(pattern, n, start):
     back = [start + i - j for i in range(n) for j in range(total) if mask[i, j] and j <= start + i]
     if pattern.reach is not None:
         assert max(back) < pattern.reach
-        if total >= pattern.reach:
+        if total >= pattern.reach and pattern.moves:
             assert max(back) == pattern.reach - 1
     elif pattern.causal:
         assert max(back) == total - 1, "a causal pattern that never looks back to the first key should state its reach"
@@ -74,8 +74,8 @@ def test_every_query_sees_itself(pattern, n):
 
 @EXAMPLES
 @given(pattern=patterns, shift=st.integers(0, 30))
-def test_bounded_patterns_do_not_depend_on_absolute_positions(pattern, shift):
-    """What lets a decoder keep only `reach` keys: the mask moves with the query."""
-    if pattern.reach is not None:
+def test_bounded_patterns_say_whether_they_depend_on_absolute_positions(pattern, shift):
+    """The mask moves with the query, or the pattern says that it does not."""
+    if pattern.reach is not None and pattern.moves:
         moved = pattern.mask(9, 9 + shift, shift)[:, shift:]
         assert torch.equal(moved, pattern.mask(9, 9))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hippodrome.mixers.attention import Attention, rotate
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Full, Pattern, Window
+from hippodrome.patterns import Causal, Chunk, Full, Pattern, Window
 from tests.support import assert_close, build
 
 VARIANTS = (
@@ -18,6 +18,7 @@ VARIANTS = (
     Attention.Config(n_head=4, n_kv_head=2, rotary_dim=2, rotary_base=100.0),
     Attention.Config(pattern=Window(size=5)),
     Attention.Config(n_kv_head=1, pattern=Window(size=1)),
+    Attention.Config(pattern=Chunk(size=5), rotary_dim=4),
     Attention.Config(n_head=2, pattern=Full()),
 )
 
@@ -62,6 +63,8 @@ def plainly(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
 def sees(pattern: Pattern, i: int, j: int) -> bool:
     if isinstance(pattern, Full):
         return True
+    if isinstance(pattern, Chunk):
+        return j <= i < (j // pattern.size + 1) * pattern.size
     return j <= i and (not isinstance(pattern, Window) or i - j < pattern.size)
 
 

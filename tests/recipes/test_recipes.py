@@ -7,6 +7,7 @@ import torch
 
 from hippodrome.compare import count_parameters
 from hippodrome.part import BadInput, from_dict, to_dict
+from hippodrome.patterns import Chunk
 from hippodrome.recipes import find_recipe, recipes
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes._synthetic import Language
@@ -19,6 +20,7 @@ SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_
 def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
     wanted |= {"linear_transformer"}
+    wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     assert wanted <= set(recipes())
     assert set(LANGUAGE_MODELS) | set(SYNTHETIC) == set(recipes())
 
@@ -75,6 +77,16 @@ def test_attention_goes_where_it_is_told():
     assert attention_layers(h3(attention_layers=())) == attention_layers(find_recipe("h3.pure")()) == []
     with pytest.raises(BadInput, match="blocks 0 to 3"):
         h3(n_layer=4, attention_layers=(4,))
+
+
+def test_the_gss_hybrid_has_chunks_of_attention_in_every_fourth_block():
+    config = find_recipe("gss.hybrid")(n_layer=9)
+    assert attention_layers(config) == [3, 7]
+    assert config.model.blocks[3].mixer.pattern == Chunk(size=512)
+    assert [block.channel is None for block in config.model.blocks] == [i not in (3, 7) for i in range(9)]
+    assert attention_layers(find_recipe("gss")()) == []
+    with pytest.raises(BadInput, match="every is 0"):
+        find_recipe("gss.hybrid")(every=0)
 
 
 def test_the_published_125m_has_its_parameters():

@@ -1,0 +1,38 @@
+"""DLR (Gupta, Mehta, Berant, 2022): a language model of diagonal linear RNNs, and the synthetic languages of the H3 paper."""
+
+from __future__ import annotations
+
+from hippodrome.lti.dlr import DLR
+from hippodrome.mixers.ssm import SSM
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
+from hippodrome.run import RunConfig, TrainConfig
+
+
+def dlr(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    d_state: int = 128,
+    dropout: float = 0.0,
+    text: Text = SOTU,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """DLR language model: diagonal linear RNNs with a GLU output, and MLPs.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        d_state: Modes of a layer, shared by its channels.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    mixers = [SSM.Config(system=DLR.Config(d_state=d_state))] * n_layer
+    return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def synthetic(*, language: Language = PAPER) -> RunConfig:
+    """DLR of 64 modes on a synthetic language, in the blocks that the H3 paper gives its systems."""
+    return _synthetic(SSM.Config(system=DLR.Config(d_state=64), glu=False), language)
