@@ -20,16 +20,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hippodrome.lti._base import LTI, right_align
+from hippodrome.lti._cauchy import spectrum
 from hippodrome.lti._dense import answer, driven, power
 from hippodrome.lti._hippo import Complex, Measure, nplr
 from hippodrome.part import BadInput, OptimRule
 from hippodrome.state import State
-
-_TERMS, _TERMS_CPU = 1 << 23, 1 << 18
-"""Terms (channels x modes x nodes) of the Cauchy sums held at once."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,7 @@ class S4(LTI[S4State]):
         left, right = torch.cat([ct.unsqueeze(1), p.conj()], 1), torch.cat([b.unsqueeze(1), p], 1)
         weights = (dt[:, None, None, None] * left.unsqueeze(2) * right.unsqueeze(1)).flatten(1, 2)
         angles = torch.arange(points // 2 + 1, device=a.device, dtype=torch.float64) * (math.pi / points)
-        spectrum = _spectrum_in_parts(angles, dt.unsqueeze(-1) * a, weights)
-        return torch.fft.irfft(spectrum, points)[..., :length].to(self.C.dtype)
+        return torch.fft.irfft(spectrum(angles, dt.unsqueeze(-1) * a, weights), points)[..., :length].to(self.C.dtype)
 
     def response(self, state: S4State, length: int) -> Tensor:
         transition = _matrix(self._discretise())
@@ -221,36 +217,6 @@ class _Discrete(NamedTuple):
     g: Tensor
     s: Tensor
     b: Tensor
-
-
-def _spectrum(angles: Tensor, a: Tensor, weights: Tensor) -> Tensor:
-    """The kernel's transform at w = exp(-2 i angle), (H, K). a (H, M): dt A; weights (H, (1+R)^2, M): dt [Ct, P^*] x [B, P].
-
-    z = 2 (1 - w) / (1 + w) is i node / cos; multiplied through by cos, nothing is infinite at w = -1.
-    """
-    cos, node = torch.cos(angles), 2 * torch.sin(angles)
-    # v / (z - a) and its conjugate pair over one denominator, z^2 - 2 z Re a + |a|^2 with z = i node / cos.
-    size = a.abs().unsqueeze(-1) * cos
-    real, imaginary = (size - node) * (size + node), 2 * a.real.unsqueeze(-1) * node * cos
-    norm = real**2 + imaginary**2
-    numerators = torch.cat([2 * weights.real, -2 * (weights * a.conj().unsqueeze(1)).real], 1)
-    slope, constant = torch.complex(numerators @ (real / norm), numerators @ (imaginary / norm)).chunk(2, 1)
-    sums = 1j * node * slope + cos * constant
-    rank = math.isqrt(sums.shape[1]) - 1
-    sums = sums.unflatten(1, (rank + 1, rank + 1))
-    for r in range(rank, 0, -1):  # one outer product eliminated after the other
-        column, row, pivot = sums[:, :r, r:], sums[:, r:, :r], sums[:, r:, r:]
-        sums = sums[:, :r, :r] - cos * column * row / (1 + cos * pivot)
-    return torch.exp(1j * angles) * sums[:, 0, 0]
-
-
-def _spectrum_in_parts(angles: Tensor, a: Tensor, weights: Tensor) -> Tensor:
-    """`_spectrum` a few nodes at a time, again in the backward: channels x modes x nodes are never held at once."""
-    parts = angles.split(max(1, (_TERMS_CPU if a.is_cpu else _TERMS) // a.numel()))
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_spectrum(part, a, weights) for part in parts], -1)
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(_spectrum, part, a, weights, **again) for part in parts], -1)
 
 
 def _column(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hippodrome.lti import s4
+from hippodrome.lti import _cauchy, s4
 from hippodrome.lti._hippo import low_rank, nplr, transition
 from hippodrome.lti.s4 import S4, S4State
 from hippodrome.mixers.ssm import SSM
@@ -297,7 +297,7 @@ def test_gradients_do_not_depend_on_the_parts_of_a_sum(monkeypatch):
     (system.kernel(100) * g).sum().backward()
     whole = {name: p.grad.clone() for name, p in system.named_parameters() if name != "D"}
     system.zero_grad()
-    monkeypatch.setattr(s4, "_TERMS_CPU", 7 * 8)
+    monkeypatch.setattr(_cauchy, "_TERMS_CPU", 7 * 8)
     (system.kernel(100) * g).sum().backward()
     for name, expected in whole.items():
         assert relative_error(system.get_parameter(name).grad, expected) < 1e-6, name
@@ -305,7 +305,7 @@ def test_gradients_do_not_depend_on_the_parts_of_a_sum(monkeypatch):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_layer_compiles_into_one_graph_whose_backward_recomputes(monkeypatch, bidirectional):
-    monkeypatch.setattr(s4, "_TERMS_CPU", 64)
+    monkeypatch.setattr(_cauchy, "_TERMS_CPU", 64)
     mixer = SSM.Config(system=S4.Config(d_state=8, length=20), bidirectional=bidirectional).build(4)
     x = torch.randn(2, 13, 4)
     torch.compiler.reset()
@@ -316,6 +316,30 @@ def test_the_layer_compiles_into_one_graph_whose_backward_recomputes(monkeypatch
     mixer.zero_grad()
     mixer(x)[0].square().sum().backward()
     assert relative_error(found, mixer.system.C.grad) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("init", ["legs", "legt", "fout"])
+def test_the_gpu_agrees(monkeypatch, init):
+    monkeypatch.setattr(_cauchy, "_TERMS", 1 << 16)
+    torch.manual_seed(0)
+    here = S4.Config(init=init, length=3000).build(4)
+    there = S4.Config(init=init, length=3000).build(4).cuda()
+    there.load_state_dict(here.state_dict())
+    u, g = torch.randn(2, 4, 5000), torch.randn(4, 5000)
+    for system, device in ((here, "cpu"), (there, "cuda")):
+        (system.kernel(5000) * g.to(device)).sum().backward()
+    assert relative_error(there.kernel(5000).cpu(), here.kernel(5000)) < 1e-6
+    for name, parameter in here.named_parameters():
+        if name != "D":
+            assert relative_error(there.get_parameter(name).grad.cpu(), parameter.grad) < 1e-5, name
+    with torch.no_grad():
+        y, state = here.convolve(u, here.init_state(2))
+        found, after = there.convolve(u.cuda(), there.init_state(2))
+        stepped, _ = run(there.stepper(), there.init_state(2), u[..., :300].cuda())
+    assert relative_error(found.cpu(), y) < 1e-5
+    assert relative_error(after.x.cpu(), state.x) < 1e-5
+    assert relative_error(stepped.cpu(), y[..., :300]) < 1e-5
 
 
 def test_memory_held_for_the_backward_has_no_factor_of_states():
