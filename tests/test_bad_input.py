@@ -96,7 +96,7 @@ CASES = {
     "flag": ([*LM, "--stesp", "3"], "--stesp: did you mean --steps"),
     "flag of generate": (["generate", "{}/good", "--temprature", "1"], "did you mean --temperature"),
     "flag of no verb": (["list", "--all"], "--all"),
-    "recipe": (["train", "h4"], "did you mean 'h3'"),
+    "recipe": (["train", "hh3"], "did you mean 'h3'"),
     "recipe of a file": (["train", "h3.sinthetic"], "did you mean 'h3.synthetic'"),
     "no recipe": (["train", "--steps", "3"], "needs one recipe"),
     "two recipes to train": (["train", "h3", "s4d"], "needs one recipe"),
