@@ -5,11 +5,15 @@ import torch
 
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
+from hippodrome.lti.dlr import DLR
+from hippodrome.lti.dss import DSS
+from hippodrome.lti.ema import EMA
 from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.gss import GSS
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, ModelConfig
-from hippodrome.patterns import Window
+from hippodrome.patterns import Chunk, Window
 from hippodrome.readouts.lm import Lm
 from hippodrome.task import Batch
 
@@ -21,6 +25,12 @@ MIXERS = {
     "ssm": SSM.Config(),
     "attention": Attention.Config(rotary_dim=4),
     "window": Attention.Config(pattern=Window(size=7)),
+    "chunks": Attention.Config(pattern=Chunk(size=7)),
+    "gss": GSS.Config(),
+    "dlr": SSM.Config(system=DLR.Config()),
+    "dlr, product": SSM.Config(system=DLR.Config(d_state=8, readout="product")),
+    "dss": SSM.Config(system=DSS.Config(version="softmax")),
+    "ema": SSM.Config(system=EMA.Config()),
 }
 
 
