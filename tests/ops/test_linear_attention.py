@@ -188,3 +188,16 @@ def test_shapes_that_do_not_fit_are_refused():
                 linear_attention(q, k[..., :3], v)
             with pytest.raises(BadInput, match="are not"):
                 linear_attention(q, k, v[:, :, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(dtype):
+    def results(device):
+        leaves = [t.detach().to(device).requires_grad_() for t in draw(1000, dtype=dtype)]
+        y, state = linear_attention(*leaves, return_state=True)
+        (y.float().square().sum() + state.square().mean()).backward()
+        return [t.detach().cpu() for t in (y, state, *(leaf.grad for leaf in leaves))]
+
+    for found, expected in zip(results("cuda"), results("cpu"), strict=True):
+        assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -121,3 +121,15 @@ def test_what_does_not_fit_is_refused(backend):
             scan(a[:, :0], b[:, :0])
         with pytest.raises(BadInput, match="so b must be"):
             scan(a, b.real)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu():
+    def results(device):
+        leaves = [t.detach().to(device).requires_grad_() for t in draw(1000, dtype=torch.complex64)]
+        x = scan(*leaves)
+        x.abs().square().sum().backward()
+        return [t.detach().cpu() for t in (x, *(leaf.grad for leaf in leaves))]
+
+    for found, expected in zip(results("cuda"), results("cpu"), strict=True):
+        assert_close(found, expected)
