@@ -40,7 +40,10 @@ class Fp32Parameters(nn.Module):
             narrowed = moved.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
             return tensor.to(moved.device) if narrowed else moved
 
-        return super()._apply(keep_precision, recurse)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_precision, recurse=False)
 
 
 class Mixer(Part, nn.Module, Generic[S], folder="mixers"):

@@ -17,7 +17,7 @@ from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, ChannelMixer, Model, ModelConfig
+from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm
@@ -334,3 +334,15 @@ def test_small_batches_and_lengths(batch, length):
     out = model(x, model.init_state(batch))
     assert out.logits.shape == (batch, length, 16)
     assert_close(out.logits, model(x).logits)
+
+
+def test_only_the_own_parameters_of_an_fp32_island_keep_their_precision():
+    class Island(Fp32Parameters):
+        def __init__(self):
+            super().__init__()
+            self.decay = nn.Parameter(torch.ones(2))
+            self.map = nn.Linear(2, 2)
+
+    island = Island().to(torch.bfloat16)
+    assert island.decay.dtype == torch.float32
+    assert island.map.weight.dtype == torch.bfloat16
