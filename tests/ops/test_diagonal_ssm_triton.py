@@ -267,6 +267,19 @@ def test_pieces_are_whole_chunks_that_cover_the_tokens(dtype, modes):
 
 
 @interpreted
+@pytest.mark.parametrize("without", [(), ("taps", "past"), ("post", "state")])
+@pytest.mark.parametrize("layout", ["HBL", "mixed"])
+def test_a_gate_for_several_sequences_is_that_of_each(on_cpu, without, layout):
+    given = rounded(case(6, 2, 300, 3, layout=layout, without=without), torch.float32)
+    shared = given | {"pre": given["pre"][:2].contiguous()}
+    each = given | {"pre": shared["pre"].repeat(3, 1, 1)}
+    found, exact = results(fused, shared), results(plain, double(each))
+    exact["pre"] = exact["pre"].unflatten(0, (3, 2)).sum(0)
+    for name, error in errors(found, exact).items():
+        assert error < 1e-5, (name, error)
+
+
+@interpreted
 def test_one_state_for_all_sequences_is_that_of_each(on_cpu):
     given = rounded(case(3, 2, 65, 3, without=("taps",)), torch.float32)
     signals = {"u": given["u"], "pre_gate": given["pre"], "post_gate": given["post"]}

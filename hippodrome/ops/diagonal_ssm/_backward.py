@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, on_its_device
-from hippodrome.ops.diagonal_ssm._tiling import PROGRAMS, Tiling, alike, either, layout, prepare, taps_and_past
+from hippodrome.ops.diagonal_ssm._tiling import PROGRAMS, Tiling, alike, counts, either, layout, prepare, repeated
 
 
 @torch.library.custom_op("hippodrome::diagonal_fused_backward", mutates_args=(), device_types="cuda")
@@ -50,7 +50,7 @@ def fused_backward(
     part_taps = part_first if plain else _spread(plan, u, past, pre, dw, du, dpre, taps, part_first)
     kernels.finish[u.shape[1],](
         log_modes, weights, part_first, part_taps, part_modes, dmodes, dweights, dskip, dtaps,
-        modes, taps_and_past(taps, past)[0], part_taps.shape[1], part_first.shape[1],
+        modes, 0 if taps is None else taps.shape[1], part_taps.shape[1], part_first.shape[1],
         T=plan.T, N=plan.N, HAS_SKIP=skip is not None, HAS_FIR=taps is not None,
     )  # fmt: skip
     return grads
@@ -73,9 +73,10 @@ def _trace(
     del strides[5]  # The past is contiguous.
     kernels.trace[channels, tiles](
         *signals, first, either(taps, first), weights, powers, decay, either(begin, first), states,
-        batch * groups, groups, span, length, weights.shape[1], *taps_and_past(taps, past), *strides,
+        batch * groups, groups, span, length, weights.shape[1], *counts(u, taps, past, pre), *strides,
         HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
-        HAS_BEGIN=begin is not None, ALIKE=alike(u, pre, dy, w, None if post is None else dpost), **layout(plan, u.dtype),
+        HAS_BEGIN=begin is not None, ALIKE=alike(u, pre, dy, w, None if post is None else dpost),
+        REPEAT=repeated(u, pre), **layout(plan, u.dtype),
     )  # fmt: skip
     return states
 
@@ -143,14 +144,17 @@ def _spread(
     part_taps, scratch = other.new_empty(channels, parts, plan.T), other.new_empty(channels, parts, plan.T, plan.T)
     sizes = layout(plan, u.dtype)
     del sizes["N"]
-    signals = (u, either(past, u), either(pre, u), dw, du, u if pre is None else dpre)
+    dv = torch.empty_like(u) if repeated(u, pre) else dpre
+    signals = (u, either(past, u), either(pre, u), dw, du, u if pre is None else dv)
     strides = [size for signal in signals for size in signal.stride()]
     del strides[5]  # The past is contiguous.
     kernels.spread[channels, parts](
-        *signals, either(taps, other), scratch, part_taps, batch, n_chunks, length, *taps_and_past(taps, past), n_tiles,
+        *signals, either(taps, other), scratch, part_taps, batch, n_chunks, length, *counts(u, taps, past, pre), n_tiles,
         *strides, HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_PAST=past is not None,
-        ALIKE=alike(u, pre, dw, du, None if pre is None else dpre), **sizes,
+        ALIKE=alike(u, pre, dw, du, None if pre is None else dv), REPEAT=repeated(u, pre), **sizes,
     )  # fmt: skip
+    if pre is not None and dv is not dpre:
+        dpre.copy_(dv.unflatten(0, (-1, len(pre))).sum(0, dtype=torch.float32))
     return part_taps
 
 

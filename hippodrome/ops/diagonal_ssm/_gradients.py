@@ -100,11 +100,11 @@ def _sum_diagonals(x, scratch, T: tl.constexpr):
 @triton.jit
 def trace(
     u, past, pre, dy, w, dpost, first, taps, weights, tables, decay, begin, states,
-    rows, groups, span, length, n_modes, n_taps, n_past,
+    rows, groups, span, length, n_modes, n_taps, n_past, n_pre,
     su_b, su_h, su_t, sp_b, sp_h, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, sw_b, sw_h, sw_t, sdq_b, sdq_h, sdq_t,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    ALIKE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ALIKE: tl.constexpr, REPEAT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk, states (H, tiles, span / T, R, 2N) in the dtype of products; w unless it is u; dpost."""
     h = tl.program_id(0).to(tl.int64)
@@ -117,6 +117,8 @@ def trace(
     row_v, row_d, row_w, row_dq = row_u, row_u, row_u, row_u
     if not ALIKE:
         row_v, row_d, row_w, row_dq = b * sv_b, b * sd_b, b * sw_b, b * sdq_b
+    if REPEAT:
+        row_v = b % n_pre * sv_b
     u, past, pre, dy = u + h * su_h, past + h * sp_h, pre + h * sv_h, dy + h * sd_h
     w, dpost = w + h * sw_h, dpost + h * sdq_h
     n, s = tl.arange(0, N), tl.arange(0, T)[None, :]
@@ -263,10 +265,10 @@ def sweep(
 
 @triton.jit
 def spread(
-    u, past, pre, dw, du, dpre, taps, scratch, dtaps, batch, n_chunks, length, n_taps, n_past, n_tiles,
+    u, past, pre, dw, du, dpre, taps, scratch, dtaps, batch, n_chunks, length, n_taps, n_past, n_pre, n_tiles,
     su_b, su_h, su_t, sp_b, sp_h, sv_b, sv_h, sv_t, sdw_b, sdw_h, sdw_t, sdu_b, sdu_h, sdu_t, sdv_b, sdv_h, sdv_t,
     R: tl.constexpr, T: tl.constexpr, HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_PAST: tl.constexpr,
-    ALIKE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ALIKE: tl.constexpr, REPEAT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the gradient dw of w = pre * FIR(u) those of pre and u, and of that of the taps one part a program, (H, parts, T).
 
@@ -293,6 +295,8 @@ def spread(
         row_v, row_dw, row_du, row_dv = row_u, row_u, row_u, row_u
         if not ALIKE:
             row_v, row_dw, row_du, row_dv = b * sv_b, b * sdw_b, b * sdu_b, b * sdv_b
+        if REPEAT:
+            row_v = b % n_pre * sv_b
         x = _read(u, row_u, t, su_t, here)
         r = _read(dw, row_dw, t, sdw_t, here)
         if HAS_FIR:

@@ -218,11 +218,11 @@ def _weights(weights, h, n, n_modes):
 @triton.jit
 def forward(
     u, pre, post, past, y, first, taps, weights, tables, decay, state, carry,
-    rows, groups, span, length, n_modes, n_taps, n_past, done,
+    rows, groups, span, length, n_modes, n_taps, n_past, n_pre, done,
     su_b, su_h, su_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sp_b, sp_h, sy_b, sy_h, sy_t,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, ALIKE: tl.constexpr,
+    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, ALIKE: tl.constexpr, REPEAT: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUTPUT: y. CARRY: the state of every sequence before its token `done`, a multiple of T; without OUTPUT that of every row
@@ -238,6 +238,8 @@ def forward(
     row_v, row_q, row_y = row_u, row_u, row_u
     if not ALIKE:
         row_v, row_q, row_y = b * sv_b, b * sq_b, b * sy_b
+    if REPEAT:
+        row_v = b % n_pre * sv_b
     u, pre, post, past, y = u + h * su_h, pre + h * sv_h, post + h * sq_h, past + h * sp_h, y + h * sy_h
     n, s = tl.arange(0, N), tl.arange(0, T)[None, :]
 

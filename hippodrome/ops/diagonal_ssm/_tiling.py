@@ -100,6 +100,11 @@ def either(t: Tensor | None, other: Tensor) -> Tensor:
     return other if t is None else t
 
 
-def taps_and_past(taps: Tensor | None, past: Tensor | None) -> tuple[int, int]:
-    """How many there are of each."""
-    return 0 if taps is None else taps.shape[1], 0 if past is None else past.shape[2]
+def counts(u: Tensor, taps: Tensor | None, past: Tensor | None, pre: Tensor | None) -> tuple[int, int, int]:
+    """Taps, tokens of the past, and sequences of pre."""
+    return 0 if taps is None else taps.shape[1], 0 if past is None else past.shape[2], len(either(pre, u))
+
+
+def repeated(u: Tensor, pre: Tensor | None) -> bool:
+    """Whether the sequences of pre stand for several of u each."""
+    return pre is not None and len(pre) < len(u)

@@ -13,7 +13,7 @@ from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_states
 from hippodrome.ops.diagonal_ssm._backward import fused_backward
-from hippodrome.ops.diagonal_ssm._tiling import PRODUCTS, SLICE, Tiling, alike, either, layout, prepare, taps_and_past
+from hippodrome.ops.diagonal_ssm._tiling import PRODUCTS, SLICE, Tiling, alike, counts, either, layout, prepare, repeated
 from hippodrome.ops.long_conv import long_conv
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -91,8 +91,8 @@ def fused(
 ) -> tuple[Tensor, Tensor | None]:
     """diagonal_ssm of a FIR of u.
 
-    u and gates (B, H, L) of one dtype; taps (H, any number); past (B, H, P), the inputs before u, gets no gradient; state
-    (B, H, N).
+    u and gates (B, H, L) of one dtype, pre also (B / n, H, L) for n times the same; taps (H, any number); past (B, H, P), the
+    inputs before u, gets no gradient; state (B, H, N).
     """
     if u.numel() == 0:
         return u.clone(), state if return_state else None
@@ -120,7 +120,7 @@ def fused(
             earlier = past.float()
         x = long_conv(torch.cat([earlier, x], -1), taps)[..., earlier.shape[-1] :]
     if pre is not None:
-        x = x * pre[..., done:].float()
+        x = x * pre[..., done:].float().repeat(len(x) // len(pre), 1, 1)
     left = torch.exp((u.shape[2] - done) * log_modes.to(torch.complex128)).to(torch.complex64)
     return y, left * torch.view_as_complex(carry) + mode_states(log_modes, x)
 
@@ -215,9 +215,10 @@ def _walk(
     del strides[11]  # The past is contiguous.
     kernels.forward[channels, -(-batch * groups // plan.R)](
         *signals, tables[0], either(taps, tables[0]), weights, *tables[1:], either(begin, tables[0]), either(after, tables[0]),
-        batch * groups, groups, span, length, weights.shape[1], *taps_and_past(taps, past), plan.done(length), *strides,
+        batch * groups, groups, span, length, weights.shape[1], *counts(u, taps, past, pre), plan.done(length), *strides,
         HAS_FIR=taps is not None, HAS_PRE=pre is not None, HAS_POST=post is not None, HAS_PAST=past is not None,
         HAS_STATE=begin is not None, CARRY=after is not None, OUTPUT=y is not None, ALIKE=alike(u, pre, post),
+        REPEAT=repeated(u, pre),
         **layout(plan, u.dtype),
     )  # fmt: skip
 
