@@ -134,7 +134,7 @@ class _System(Fp32Parameters):
     def __init__(self, config: S5.Config, d_model: int) -> None:
         super().__init__()
         self.disc, self.clip, self.step_rescale = config.disc, config.clip_eigs, config.step_rescale
-        self.bidirectional, self.conj_sym = config.bidirectional, config.conj_sym
+        self.conj_sym = config.conj_sym
         rate, basis = hippo_blocks(config)
         self.Lambda_re, self.Lambda_im = nn.Parameter(_tensor(rate.real)), nn.Parameter(_tensor(rate.imag))
         low, high = math.log(config.dt_min), math.log(config.dt_max)
@@ -145,19 +145,21 @@ class _System(Fp32Parameters):
         self.D = nn.Parameter(torch.randn(d_model))
 
     def forward(self, u: Tensor, before: Tensor | None, lengths: Tensor | None, dt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y like u (B, L, D) and all states (B, L, S)."""
+        """y like u (B, L, D), and all states (B, L, S) that the past has left."""
         with torch.autocast(u.device.type, enabled=False):
             wide = u.to(torch.promote_types(u.dtype, self.D.dtype))
             a, gain = self.discretised(dt)
             driven = self._driven(wide, gain)
             x = scan(a, driven, before)
-            if self.bidirectional:
+            past, *future = self._read_out().split(2 * len(self.B), 1)
+            y = F.linear(_pairs(x), past) + self.D * wide
+            if future:
                 if lengths is not None:
                     # The states that come from the right would carry padding into the row.
                     real = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
                     driven = driven * real.unsqueeze(-1)
-                x = torch.cat([x, _from_the_future(a, driven)], -1)
-            return (F.linear(_pairs(x), self._read_out()) + self.D * wide).to(u.dtype), x
+                y = y + F.linear(_pairs(_from_the_future(a, driven)), future[0])
+            return y.to(u.dtype), x
 
     def discretised(self, dt: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Abar, and what B is multiplied with to give Bbar: (S,), or (..., S) for time steps dt (...).
@@ -202,7 +204,7 @@ class _System(Fp32Parameters):
         return torch.view_as_real(b if gain is None else gain.unsqueeze(-1) * b).transpose(1, 2).flatten(0, 1)
 
     def _read_out(self) -> Tensor:
-        """C as a real matrix (D, 2 S) whose product with (re, im) pairs is Re(C x), twice that for halves of pairs."""
+        """C as a real matrix, (D, 2 S) or (D, 4 S): of (re, im) pairs it makes Re(C x), of halves of pairs twice that."""
         conj = torch.view_as_complex(self.C).conj().resolve_conj()
         return _pairs(2 * conj if self.conj_sym else conj)
 
