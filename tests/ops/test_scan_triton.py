@@ -195,7 +195,7 @@ def test_its_memory_is_what_it_reads_and_writes():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     scan(a, b).real.sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 4.5 * b.untyped_storage().nbytes()
+    assert torch.cuda.max_memory_allocated() - before < 5 * b.untyped_storage().nbytes()
 
 
 @pytest.mark.gpu
