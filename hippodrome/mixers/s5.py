@@ -266,8 +266,8 @@ def _from_the_future(a: Tensor, driven: Tensor) -> Tensor:
     """The states (B, L, S) read from right to left. Between a token and the next lies the next one's time step."""
     if a.dim() > 1:
         # The last token meets a zero, whatever its coefficient.
-        a = torch.cat([a[..., :1, :], a[..., 1:, :].flip(-2)], -2)
-    return scan(a, driven.flip(1)).flip(1)
+        a = torch.cat([a[..., 1:, :], a[..., :1, :]], -2)
+    return scan(a, driven, reverse=True)
 
 
 def _last(states: Tensor, before: S5State, lengths: Tensor | None) -> S5State:

@@ -41,20 +41,20 @@ def draw(a_shape, b_shape, dtype, device="cpu", seed=0):
     return [(t if dtype.is_complex else t.real).to(device, dtype) for t in (a, b, state)]
 
 
-def run(call, given, with_state=True):
+def run(call, given, with_state=True, **way):
     """The states and all gradients, of a fixed random projection."""
     leaves = [t.detach().requires_grad_() for t in given[: 3 if with_state else 2]]
-    x = call(*leaves)
+    x = call(*leaves, **way)
     dice = torch.Generator().manual_seed(1)
     g = torch.randn(x.shape, generator=dice, dtype=torch.complex128 if x.is_complex() else torch.float64)
     x.backward(g.to(x.device, x.dtype))
     return [x.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def assert_same(call, given, with_state=True, tolerance=1e-5):
+def assert_same(call, given, with_state=True, tolerance=1e-5, **way):
     wide = torch.complex128 if given[1].is_complex() else torch.float64
-    exact = run(scan.reference, [t.to(wide) for t in given], with_state)
-    found = run(call, given, with_state)
+    exact = run(scan.reference, [t.to(wide) for t in given], with_state, **way)
+    found = run(call, given, with_state, **way)
     for got, right in zip(found, exact, strict=True):
         assert got.dtype == given[1].dtype
         assert_close(got, right, tolerance if got.dtype in (torch.float32, torch.complex64) else 1e-11)
@@ -75,10 +75,11 @@ SHAPES = {
 
 
 @interpreted
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients_in_the_interpreter(on_cpu, name, dtype):
-    assert_same(backend._triton, draw(*SHAPES[name], dtype))
+def test_values_and_gradients_in_the_interpreter(on_cpu, name, dtype, reverse):
+    assert_same(backend._triton, draw(*SHAPES[name], dtype), reverse=reverse)
 
 
 @interpreted
@@ -122,14 +123,14 @@ def test_half_precision_is_computed_in_single(on_cpu, dtype):
 def test_the_leaves_are_good_citizens_of_torch(on_cpu):
     for a_shape in ((2, 9, 3), (1, 1, 3)):
         given = draw(a_shape, (2, 9, 3), torch.complex64)
-        x = torch.ops.hippodrome.scan_fused(*given)
+        x = torch.ops.hippodrome.scan_fused(*given, False)
         a, _, state = given
         torch.library.opcheck(
             torch.ops.hippodrome.scan_fused_backward.default,
-            (torch.ones_like(x), a, state, x),
+            (torch.ones_like(x), a, state, x, False),
             test_utils=("test_schema", "test_faketensor"),
         )
-        torch.library.opcheck(torch.ops.hippodrome.scan_fused.default, tuple(t.requires_grad_() for t in given))
+        torch.library.opcheck(torch.ops.hippodrome.scan_fused.default, (*(t.requires_grad_() for t in given), False))
 
 
 @interpreted
@@ -172,15 +173,16 @@ DEVICE = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", DEVICE)
-def test_values_and_gradients_on_the_device(name, dtype, poisoned):
+def test_values_and_gradients_on_the_device(name, dtype, reverse, poisoned):
     given = draw(*DEVICE[name], dtype, "cuda")
     with use_backend("chunked"):
         wide = torch.complex128 if dtype.is_complex else torch.float64
-        exact = run(scan, [t.to(wide) for t in given])
+        exact = run(scan, [t.to(wide) for t in given], reverse=reverse)
     with use_backend("triton"):
-        found, again = run(scan, given), run(scan, given)
+        found, again = (run(scan, given, reverse=reverse) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     for got, right in zip(found, exact, strict=True):
         assert_close(got, right, 2e-5 if dtype != torch.complex128 else 1e-11)

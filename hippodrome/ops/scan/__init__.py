@@ -1,6 +1,6 @@
 """scan: a linear recurrence, each channel by itself, whose coefficients may change from token to token.
 
-    x_t = a_t x_(t-1) + b_t
+    x_t = a_t x_(t-1) + b_t,    or from right to left  x_t = a_t x_(t+1) + b_t
 
 Source: S5 (Smith, Warrington, Linderman, ICLR 2023), which computes it by a parallel scan (Blelloch, 1990).
 """
@@ -15,20 +15,26 @@ from hippodrome.part import BadInput
 
 
 @Op
-def scan(a: Tensor, b: Tensor, state: Tensor | None = None) -> Tensor:
-    """All x, (B, L, N) in b's dtype; the last is the state after them.
+def scan(a: Tensor, b: Tensor, state: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """All x, (B, L, N) in b's dtype; the last, with `reverse` the first, is the state after them.
 
     b (B, L, N), real or complex; a, broadcastable to it: (N,) for a system that does not change, (B, L, N) for irregular
-    time steps, (L, N) where all rows share them; state (B, N), the x before, None: zero. Arithmetic is at least float32.
+    time steps, (L, N) where all rows share them; state (B, N), the x before all that is read, None: zero. Arithmetic is at
+    least float32.
     """
     a, b, before = arguments(a, b, state)
     dtype, states = b.dtype, []
     a, b = at_least_single(a).expand(b.shape), at_least_single(b)
     x = at_least_single(before)
-    for t in range(b.shape[1]):
+    for t in in_order(b.shape[1], reverse):
         x = a[:, t] * x + b[:, t]
         states.append(x)
-    return torch.stack(states, 1).to(dtype)
+    return torch.stack(states[::-1] if reverse else states, 1).to(dtype)
+
+
+def in_order(count: int, reverse: bool) -> range:
+    """0 ... count-1, or from the last to the first."""
+    return range(count)[::-1] if reverse else range(count)
 
 
 def arguments(a: Tensor, b: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
