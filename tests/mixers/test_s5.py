@@ -286,6 +286,14 @@ def test_its_state_is_half_of_p_complex_numbers_a_row():
     assert S5.Config(d_state=64, conj_sym=False).build(16).init_state(3).nbytes == 3 * 64 * 8
 
 
+def test_the_system_stays_in_single_precision():
+    mixer = S5.Config(d_state=4).build(3).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in mixer.system.parameters()} == {torch.float32}
+    assert mixer.gate_linear.weight.dtype == torch.bfloat16
+    y, state = mixer(torch.ones(1, 2, 3, dtype=torch.bfloat16), mixer.init_state(1))
+    assert (y.dtype, state.x.dtype) == (torch.bfloat16, torch.complex64)
+
+
 def test_dropout_is_one_mask_for_all_tokens_of_a_row():
     torch.manual_seed(0)
     mixer = S5.Config(d_state=4, activation="gelu", dropout=0.5).build(32)
@@ -339,6 +347,14 @@ def test_on_a_gpu_it_is_what_it_is_on_a_cpu(config):
     fast.load_state_dict(plain.state_dict())
     outputs = [each(x.to(device)).logits for each, device in ((plain, "cpu"), (fast, "cuda"))]
     assert_close(outputs[1].cpu(), outputs[0], 1e-4)
+    if plain.causal:
+        with torch.no_grad():
+            out = fast(x[:, :490].cuda(), fast.init_state(3))
+            said, state = [out.logits], out.state
+            for token in x[:, 490:].cuda().unbind(1):
+                y, state = fast.step(token, state)
+                said.append(y[:, None])
+        assert_close(torch.cat(said, 1).cpu(), outputs[0], 1e-4)
     for y in outputs:
         y.square().sum().backward()
     for (name, slow), quick in zip(plain.named_parameters(), fast.parameters(), strict=True):
