@@ -43,6 +43,8 @@ class Mlp(ChannelMixer):
         d_ff = config.width(d_model)
         if d_ff < 1:
             raise BadInput(f"d_ff is {d_ff}: it must be at least 1")
+        if not 0 <= config.dropout <= 1:
+            raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and at most 1")
         self.activation = _ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
         self.fc1 = nn.Linear(d_model, d_ff)

@@ -51,13 +51,14 @@ def _laplace(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf((x - 0.5**0.5) * (2 * math.pi) ** 0.5))
 
 
-def in_slices(some: Callable[[int, int], Tensor], queries: int, scores: int) -> Tensor:
+def in_slices(some: Callable[[int, int], Tensor], queries: int, scores: int, dropout: float) -> Tensor:
     """some(0, queries) (..., queries, V), in slices of so many queries that few scores exist at once; one has `scores`."""
     size = max(1, SCORES // max(1, scores))
     if size >= queries:
         return some(0, queries)
     if torch.is_grad_enabled():
-        some = functools.partial(checkpoint, some, use_reentrant=False)
+        # Only dropout has to be drawn alike a second time; to remember where the dice stood makes a device wait.
+        some = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=dropout > 0)
     return torch.cat([some(start, min(queries, start + size)) for start in range(0, queries, size)], -2)
 
 

@@ -207,7 +207,7 @@ class Mega(Mixer[MegaState]):
             bias = by_distance(table, start, stop, keys)
             return attend(q[..., start:stop, :], k[..., :keys, :], v[..., :keys, :], bias, unseen, count, **how)
 
-        return in_slices(some, size, q.shape[0] * q.shape[1] * size).flatten(1, 2)[:, :length]
+        return in_slices(some, size, q.shape[0] * q.shape[1] * size, how["dropout"]).flatten(1, 2)[:, :length]
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, memory: AttentionState, lengths: Tensor | None
@@ -252,7 +252,7 @@ class Mega(Mixer[MegaState]):
             unseen = (there > now) | (there < begin)
             return attend(q[:, None, start:stop], k[:, None], v[:, None], bias, unseen, now - begin + 1, **how)
 
-        return in_slices(some, q.shape[1], len(k) * k.shape[1]).squeeze(1)
+        return in_slices(some, q.shape[1], len(k) * k.shape[1], how["dropout"]).squeeze(1)
 
     def _with_room(
         self, memory: AttentionState, k: Tensor, v: Tensor, lengths: Tensor | None
