@@ -227,12 +227,9 @@ class Mega(Mixer[MegaState]):
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             counts = None if lengths is None else (lengths - start).clamp(0, q[:, part].shape[1])
-            real = at[:, part]
-            if counts is not None:
-                real = torch.where(real - memory.position[:, None] < counts[:, None], real, -1)
             # Writing these drops keys that the first of them still need, so they look at old and new side by side.
             keys, values = torch.cat([memory.k[:, 0], k[:, part]], 1), torch.cat([memory.v[:, 0], v[:, part]], 1)
-            k_at = torch.cat([memory.key_position, real], 1)
+            k_at = torch.cat([memory.key_position, at[:, part]], 1)
             outputs.append(self._look_back(q[:, part], keys, values, at[:, part], k_at, self.bias.table))
             memory = memory.written(k[:, None, part], v[:, None, part], counts)
         return torch.cat(outputs, 1), memory

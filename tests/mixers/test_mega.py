@@ -268,6 +268,38 @@ def test_slices_of_the_queries_change_nothing(config, monkeypatch):
     assert len(calls) > 3
 
 
+@pytest.mark.parametrize("function", ["softmax", *FUNCTIONS])
+def test_memory_for_the_gradient_is_linear_in_the_length(function, monkeypatch):
+    """Numbers kept between forward and backward; all scores at once would be four times as many."""
+    monkeypatch.setattr(_distance, "SCORES", 2**10)
+    mixer = build(Mega.Config(d_state=2, function=function), 4)
+
+    def kept(length):
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            mixer(torch.randn(1, length, 4))
+        return sum(numbers)
+
+    assert kept(512) < 2.2 * kept(256)
+    monkeypatch.setattr(_distance, "SCORES", 2**25)
+    assert kept(512) > 3 * kept(256)
+
+
+def test_slices_computed_anew_drop_the_same_weights(monkeypatch):
+    monkeypatch.setattr(_distance, "SCORES", 40)
+    mixer, x = build(Mega.Config(attention_dropout=0.5), 16), torch.randn(2, 20, 16)
+
+    def gradient():
+        torch.manual_seed(0)
+        mixer.zero_grad()
+        mixer(x)[0].square().sum().backward()
+        return mixer.value_proj.weight.grad
+
+    anew = gradient()
+    monkeypatch.setattr(_distance, "checkpoint", lambda some, *at, **how: some(*at))
+    assert_close(anew, gradient())
+
+
 def matmul_flops(run):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
@@ -287,6 +319,22 @@ def test_with_chunks_twice_the_tokens_are_twice_the_work(function):
     assert matmul_flops(after_some_tokens(long)) < 2 * matmul_flops(after_some_tokens(short))
     full = Mega.Config(d_state=2, function=function).build(8).eval()
     assert matmul_flops(lambda: full(long)) > 2.5 * matmul_flops(lambda: full(short))
+
+
+@pytest.mark.parametrize("function", ["softmax", *FUNCTIONS])
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_padding_is_hidden_from_scores_that_matter(function, chunk, bidirectional):
+    """At the start scores are small, and dividing them by too many keys would hardly show."""
+    mixer = build(Mega.Config(d_key=4, function=function, chunk=chunk, bidirectional=bidirectional), 8)
+    with torch.no_grad():
+        mixer.shift.fill_(0.5)  # so that every key is liked
+    x, lengths = torch.randn(4, 13, 8, generator=torch.Generator().manual_seed(1)), [13, 5, 1, 12]
+    padded = torch.where(torch.arange(13)[:, None] < torch.tensor(lengths)[:, None, None], x, 5.0)
+    y = mixer(padded, lengths=torch.tensor(lengths))[0]
+    assert torch.isfinite(y).all()
+    for row, length in enumerate(lengths):
+        assert_close(y[row, :length], mixer(x[row : row + 1, :length])[0][0])
 
 
 def test_a_chunk_bounds_the_state():
@@ -337,6 +385,32 @@ def test_decays_stay_fp32_in_a_half_precision_model():
     assert {p.dtype for m in (mixer.average, mixer.backward_average) for p in m.parameters()} == {torch.float32}
     assert mixer.scale.dtype == torch.bfloat16
     assert isinstance(mixer.average, EMA)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "scale", "batch"])
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_in_a_model_steps_are_the_whole_under_every_norm(norm, order):
+    torch.manual_seed(0)
+    block = BlockConfig(mixer=VARIANTS[0], channel=Mlp.Config(activation="silu"), norm=norm, order=order)
+    model = language_model(block).eval()
+    ids = torch.randint(0, 50, (2, 19))
+    with torch.no_grad():
+        first = model(ids[:, :11], model.init_state(2))
+        stepper, said = model.stepper(), [first.logits]
+        state = stepper.begin(first.state)
+        for t in range(11, 19):
+            logits, state = stepper.step(ids[:, t], state)
+            said.append(logits[:, None])
+        assert_close(torch.cat(said, 1), model(ids).logits)
+
+
+def test_weights_fit_larger_chunks():
+    """Of a rotary layer, whose bias knows no chunk: within the first chunk of old it answers as it did."""
+    small, large = (Mega.Config(chunk=chunk).build(16) for chunk in (4, 9))
+    large.load_state_dict(small.state_dict())
+    x = torch.randn(1, 13, 16, generator=torch.Generator().manual_seed(0))
+    assert_close(large(x)[0][:, :4], small(x)[0][:, :4])
+    assert relative_error(large(x)[0][:, 4:9], small(x)[0][:, 4:9]) > 1e-4
 
 
 def test_a_simple_bias_ends_where_its_numbers_do():
@@ -405,7 +479,7 @@ def test_on_a_gpu_values_and_gradients_are_the_cpus(config, sliced, monkeypatch)
 def test_on_a_gpu_graphed_steps_are_the_whole(config):
     """Tokens fed from the host through one CUDA graph a step, beginning in the middle of a chunk."""
     torch.manual_seed(0)
-    model = language_model(config).cuda().eval()
+    model = language_model(BlockConfig(mixer=config, channel=Mlp.Config(activation="silu"))).cuda().eval()
     ids = torch.randint(0, 50, (3, 60), device="cuda")
     with torch.no_grad():
         whole = model(ids).logits
@@ -416,7 +490,6 @@ def test_on_a_gpu_graphed_steps_are_the_whole(config):
             torch.testing.assert_close(decode(), whole[:, t], rtol=1e-4, atol=1e-4)
 
 
-def language_model(config):
-    blocks = (BlockConfig(mixer=config, channel=Mlp.Config(activation="silu")),) * 2
+def language_model(block):
     embed = Tokens.Config(vocab_size=50)
-    return ModelConfig(d_model=16, blocks=blocks, embed=embed, readout=Lm.Config(), init_std=0.3).build()
+    return ModelConfig(d_model=16, blocks=(block,) * 2, embed=embed, readout=Lm.Config(), init_std=0.3).build()
