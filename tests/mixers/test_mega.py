@@ -140,6 +140,26 @@ def test_layers_are_the_authors(name):
     assert_gradients(block, golden, names)
 
 
+@pytest.mark.parametrize("name", cases("mega_ema_bi"))
+def test_averages_in_both_directions_are_the_authors(name):
+    """As far as their kernels reach, the truncated ones too."""
+    golden = load(name)
+    taps = golden["out.kernel"].shape[1]
+    config = Mega.Config(d_state=4, bidirectional=True, truncation=taps if "trunc" in name else None)
+    mixer = config.build(len(golden["param.omega"]))
+    names = {ours: entry for ours, entry in mixer_names(mixer, "").items() if "average" in ours}
+    names = {ours: (theirs.removeprefix("move."), half) for ours, (theirs, half) in names.items()}
+    with torch.no_grad():
+        for ours, entry in names.items():
+            mixer.get_parameter(ours).copy_(theirs(golden, "param", entry, mixer.get_parameter(ours)))
+    x = golden["in.x"].requires_grad_()
+    y = F.silu(mixer._both_ways(x.permute(1, 2, 0), mixer.backward_average, golden.get("in.lengths"))).permute(2, 0, 1)
+    assert relative_error(y, golden["out.y"]) < 2e-5
+    (y * golden["in.cotangent"]).sum().backward()
+    assert relative_error(x.grad, golden["grad.in.x"]) < 2e-4
+    assert_gradients(mixer, golden, names)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_attention_weights_and_biases_are_the_authors(name):
     block, golden, _ = build_block(name)
