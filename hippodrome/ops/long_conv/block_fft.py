@@ -68,3 +68,24 @@ def matrices(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     angle = ((2 * f + 1) * s % (4 * t)).double() * (math.pi / (2 * t))
     both = torch.stack([angle.cos(), -angle.sin()], 1).view(2 * t, t)
     return both.to(dtype), (both / t).to(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def steps(n1: int, n2: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tables of a transform of n1 n2 real points, point t turned by exp(pi i t / 2 n1 n2); re, im; unitary (_block_fft).
+
+    (2, n1, n1): from rows a to frequencies f; (2, n1, n1): its way back to real numbers; (2, n1, n2): the twist; (2, n2, n2):
+    from columns s to frequencies g.
+    """
+    f, a = torch.arange(n1).unsqueeze(1), torch.arange(n1)
+    s, g = torch.arange(n2).unsqueeze(1), torch.arange(n2)
+
+    def both(quarters: Tensor, n: int, scale: float) -> Tensor:
+        angle = (quarters % (4 * n)).double() * (-math.pi / (2 * n))
+        return torch.stack([angle.cos(), angle.sin()]) * scale
+
+    into = both((4 * f - 1) * a, n1, n1**-0.5)
+    back = torch.stack([into[0].T, -into[1].T])
+    twist, second = both((4 * f - 1) * g, n1 * n2, 1), both(4 * s * g, n2, n2**-0.5)
+    into, back, twist, second = (t.to(device, dtype).contiguous() for t in (into, back, twist, second))
+    return into, back, twist, second
