@@ -93,6 +93,12 @@ def tune(
     from hippodrome.ops.long_conv import _table
 
     _fitting("long_conv", find_subject("long_conv"), {"lengths": lengths or None, "dtype": dtype})
+    for length in lengths:
+        if length not in _table.LENGTHS:
+            # There a path measured alone would have no other beside it.
+            near = min(_table.LENGTHS, key=lambda known: abs(known - length))
+            known = ", ".join(map(str, _table.LENGTHS))
+            raise BadInput(f"the table has no length {length}: it has {known}; {near} is the nearest")
     for name in paths:
         if name not in _table.PATHS:
             raise BadInput(f"long_conv has no path {name!r}: {nearest(name, _table.PATHS)}")

@@ -254,10 +254,20 @@ def test_a_million_tokens_on_the_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", [1, 255, 256, 257, 512, 1023, 2048, 4096, 8192, 16384])
-@pytest.mark.parametrize(("batch", "back", "gates"), [(1, 0, False), (7, 5000, True), (37, 0, True)])
-def test_the_block_fft_on_the_gpu(length, batch, back, gates, dtype, monkeypatch):
-    """Every tile, with fewer and more sequences than it holds, a shared batch, and scratch full of NaN."""
+@pytest.mark.parametrize(
+    ("batch", "length", "back", "gates"),
+    [
+        (37, 255, 255, True),
+        (5, 257, 0, False),
+        (9, 1024, 1024, True),
+        (6, 1025, 0, True),
+        (3, 4095, 4095, True),
+        (5, 8192, 0, False),
+        (2, 16384, 16384, True),
+    ],
+)
+def test_the_block_fft_on_the_gpu(batch, length, back, gates, dtype, monkeypatch):
+    """Every tile, with fewer and more sequences than it holds and an odd one over, and scratch full of NaN."""
     if not able("block_fft", length, dtype):
         pytest.skip(f"block_fft does not take {length} tokens of {dtype}")
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
@@ -268,7 +278,8 @@ def test_the_block_fft_on_the_gpu(length, batch, back, gates, dtype, monkeypatch
     with backend.use_path("block_fft"):
         first, second = results(given, "triton"), results(given, "triton")
     torch.use_deterministic_algorithms(before)
+    # Of bfloat16 at most twice what casting the inputs costs, 2.4e-3; the skip's gradient, one number a channel, may be small.
+    most = 4.8e-3 if dtype == torch.bfloat16 else TOLERANCE[dtype]
     for name, error in errors(first, exact).items():
-        # One number a channel may be small by chance.
-        assert error < TOLERANCE[dtype] * (3 if name == "skip" or length == 1 else 1 if dtype != torch.bfloat16 else 0.4), name
+        assert error < most * (5 if name == "skip" else 1), name
         assert torch.equal(first[name], second[name]), name

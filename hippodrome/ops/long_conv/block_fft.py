@@ -10,7 +10,8 @@ is at most `radix`: O(N radix log N / log radix) operations, all of them such as
 `block_fft` is the plain form, for reading and for tests. The partitioned path (_partitioned.py) does the first of these steps
 alone, with the dense `matrices` below: blocks of T real numbers to T of the 4 T bins of the block padded by zeros. In place of
 the second step it has Toeplitz products across the blocks: for as few blocks as there are, they cost less than transforms,
-and need neither twist nor padding. Source: H3 (Dao, Fu et al., ICLR 2023), section 4.1.
+and need neither twist nor padding. The fused path (_block_fft.py) does two steps on the chip, with the tables of `steps`.
+Source: H3 (Dao, Fu et al., ICLR 2023), section 4.1.
 """
 
 from __future__ import annotations
