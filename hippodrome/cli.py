@@ -221,14 +221,15 @@ def bench(
         device: auto, cpu, cuda, cuda:1 and so on.
         seed: Of the inputs.
         out: The folder of SUBJECT_DEVICE.json and its picture.
-        tune: Instead, measure anew the table by which long_conv chooses its algorithm.
+        tune: Instead, measure anew the table by which long_conv chooses its algorithm; with --lengths, --dtype or --ways
+            (toeplitz, partitioned, fft, block_fft) only those, beside what the table has.
     """
     from hippodrome import bench as timing
     from hippodrome.devices import choose_device
 
     where = choose_device(device)
     if tune:
-        print(f"{timing.tune(where, progress=_say)} is written")
+        print(f"{timing.tune(where, lengths=lengths or (), dtype=dtype, paths=ways, progress=_say)} is written")
         return
     settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
     settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}

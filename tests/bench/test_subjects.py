@@ -165,6 +165,19 @@ def test_tuning_is_for_gpus():
         timing.tune(CPU)
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"paths": ["blok_fft"]}, "did you mean 'block_fft'"),
+        ({"lengths": [1000]}, "no length 1000: .* 1024 is the nearest"),
+        ({"dtype": "bf61"}, "did you mean 'bf16'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(part, said):
+    with pytest.raises(BadInput, match=said):
+        timing.tune(CPU, **part)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("subject", subjects())
 def test_on_a_gpu(found, subject):
