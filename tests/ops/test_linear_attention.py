@@ -175,7 +175,7 @@ def test_memory_is_linear_in_the_length():
 
 def test_a_fake_device_is_told_what_runs_there():
     q = torch.empty(1, 1, 4, 2, device="meta")
-    assert linear_attention.explain(q, q, q) == {"chunked": "ok", "reference": "ok"}
+    assert linear_attention.explain(q, q, q) == {"triton": "the tensor is on meta", "chunked": "ok", "reference": "ok"}
 
 
 def test_shapes_that_do_not_fit_are_refused():

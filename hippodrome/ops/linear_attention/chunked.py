@@ -6,7 +6,7 @@ With chunks of T tokens, [V 1] the values and a one, and the sums S_c before chu
 
 The backward recomputes the sums: the queries' gradients follow from left to right, those of keys and values from right to left
 with the sums of Q_c^T [d_num d_den]_c (section 3.3.1 of the paper). A segment of chunks goes through at a time, in float32, and
-nothing but the denominators is kept for the backward. Until there is a GPU kernel this is what runs on CUDA as well.
+nothing but the denominators is kept for the backward. On CUDA it runs what the kernels of `triton.py` do not take.
 """
 
 from __future__ import annotations
