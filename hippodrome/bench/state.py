@@ -36,6 +36,7 @@ TRANSFORMER = "Transformer"
 SYSTEMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "linear attention": ("linear_transformer", {"positions": "none"}),
     "H3": ("h3.pure", {"d_state": 64, "head_dim": 1}),
+    "S4": ("s4", {"d_state": 64}),
     "S4D": ("s4d", {"d_state": 64}),
     "GSS": ("gss", {"d_state": 512}),
     "DLR": ("dlr", {"d_state": 4096}),

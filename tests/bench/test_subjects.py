@@ -172,7 +172,7 @@ def test_fixed_states_stay_and_keys_and_values_grow(found):
     # Keys and values of the context, of two new tokens and of the two steps that warm up; the two counters.
     wide, tokens = TINY["state"]["channels"], (64, 128)
     assert held.pop(state_subject.TRANSFORMER) == [2 * 4 * wide * (n + 2 + 2) + 8 for n in tokens]
-    assert {"linear attention", "H3", "S4D", "GSS", "DLR"} <= set(held)
+    assert {"linear attention", "H3", "S4", "S4D", "GSS", "DLR"} <= set(held)
     for way, (short, long) in held.items():
         assert short == long, way
     linear = [ratio.value for ratio in report.ratios if ratio.what.startswith("linear attention: times fewer bytes")]
