@@ -7,8 +7,8 @@ With chunks of T tokens, [V 1] the values and a one, and the sums S_c before chu
 The backward recomputes the sums: the queries' gradients follow from left to right, those of keys and values from right to left
 with the sums of Q_c^T [d_num d_den]_c (section 3.3.1 of the paper). d_den is -(d_num . y); but where values have a mean, what
 the two add to the gradient of q cancels up to a small part, and y was rounded to the dtype of v. So d_den is taken, which is
-the same, as -(q . A) / den, A what d_num adds to that gradient. A segment of chunks goes through at a time, in float32, and nothing
-but the denominators is kept for the backward. On CUDA it runs what the kernels of `triton.py` do not take.
+the same, as -(q . A) / den, A what d_num adds to that gradient. A segment of chunks goes through at a time, in float32, and
+nothing but the denominators is kept for the backward. On CUDA it runs what the kernels of `triton.py` do not take.
 """
 
 from __future__ import annotations
