@@ -1,7 +1,8 @@
 """Timings beside peers, each behind a check: no speed without a number, and no number without its JSON.
 
 A subject is a file of this folder whose name does not begin with an underscore: `rows` yields its rows and its keyword
-arguments are the flags it takes, `WAYS` names what is timed, `targets` the ratios it was to reach.
+arguments are the flags it takes, `WAYS` names what is timed, `targets` the ratios it was to reach; `draw`, if it has one, makes
+its picture.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def bench(
     if not rows:
         raise BadInput(f"{subject} has nothing to time on {device} with these settings: {', '.join(module.WAYS)} are its ways")
     if out is not None:
-        draw(report, path.with_suffix(".png"))
+        getattr(module, "draw", draw)(report, path.with_suffix(".png"))
     return report
 
 
