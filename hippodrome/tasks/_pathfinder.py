@@ -194,34 +194,42 @@ class _Table:
         self.pivot = self.flat(self._moved(length) + self._moved(-step))
         """(n,) from the place of a first dash to the joint before it."""
         self.chances, self.headings, self.tips = self._turns(circle)
-        self.disc = self.flat(_offsets(margin, round_=True))
-        self.square = self.flat(_offsets(self.radius))
-        side = 2 * self.radius + 1
+        at = np.arange(-margin, margin + 1)
+        self.disc = self.flat(np.argwhere(at[:, None] ** 2 + at**2 <= margin**2) - margin)
+        """(d,) all pixels within a margin."""
+        side, area = 2 * self.radius + 1, (length + 2 * margin + 4) * (int(geometry.paddle_thickness) + 2 * margin + 4)
         self.inks = np.zeros((len(self.angles), side, side), np.uint8)
-        self.masks = np.zeros((len(self.angles), side * side), np.uint8)
-        self.spare = np.zeros((len(self.angles), side * side), np.uint8)
-        """(n, side^2) what may lie there already: more is a collision."""
+        self.spots = np.zeros((len(self.angles), area), int)
+        self.masks = np.zeros((len(self.angles), area), np.uint8)
+        self.spare = np.zeros((len(self.angles), area), np.uint8)
+        """Spots are the pixels that a dash and its margin cover, the last one repeated, (n, area): their offsets, the mask, and
+        what may lie there already; more is a collision."""
+        self._solid: dict[int, np.ndarray] = {}
         self._made = np.zeros(len(self.angles), bool)
         self.marker = _dashes.disc(geometry.marker_radius, geometry.fine)
 
     def make(self, headings: np.ndarray) -> None:
-        """Fill `inks` and `masks` of these headings."""
+        """Fill `inks` and the spots of these headings."""
         missing = headings[~self._made[headings]]
         for heading in set(missing.tolist()):
             angle, made = self.angles[heading] + (np.pi if heading >= 360 else 0.0), self.geometry
             dash = _dashes.dash(angle, made.paddle_length, made.paddle_thickness, self.margin, made.fine)
-            self.inks[heading], self.masks[heading] = dash.ink, dash.mask.ravel()
+            spots = np.argwhere(dash.mask)
+            mask = dash.mask[tuple(spots.T)]
+            rest = (0, self.spots.shape[1] - len(spots))
+            self.inks[heading] = dash.ink
+            self.spots[heading] = np.pad(self.flat(spots - self.radius), rest, "edge")
+            self.masks[heading] = np.pad(mask, rest, "edge")
             self.spare[heading] = (_CLASH - 1 - self.masks[heading].astype(int)).clip(0, 255)
+            # What must be free around a first dash. A pixel off, and cut at a step: so it is in the public generator.
+            solid = spots[mask == 255] - self.radius + 1
+            self._solid[heading] = solid[(np.abs(solid) <= made.paddle_length + self.margin).all(1)]
         self._made[missing] = True
 
-    @functools.cache  # noqa: B019, tables live as long as the process
     def solid(self, heading: int) -> np.ndarray:
         """What must be free around a first dash, (n, 2) offsets as (y, x)."""
         self.make(np.array([heading]))
-        side = 2 * self.radius + 1
-        # A pixel off, and cut at a step: so it is in the public generator.
-        found = np.argwhere(self.masks[heading].reshape(side, side) == 255) - self.radius + 1
-        return found[(np.abs(found) <= self.geometry.paddle_length + self.margin).all(1)]
+        return self._solid[heading]
 
     def flat(self, offsets: np.ndarray) -> np.ndarray:
         return offsets[..., 0] * self.stride + offsets[..., 1]
@@ -237,7 +245,7 @@ class _Table:
     def claim(self, flat: np.ndarray, places: np.ndarray, headings: np.ndarray) -> None:
         """Take what dashes and their margins cover, in flat fields that the places tell apart."""
         self.make(headings)
-        covered = places[:, None] + self.square
+        covered = places[:, None] + self.spots[headings]
         flat[covered] = np.maximum(flat.take(covered), self.masks[headings])
 
     def _moved(self, length: int) -> np.ndarray:
@@ -252,12 +260,6 @@ class _Table:
         count = int((chances > 0).sum(1).max())
         best = np.argsort(-chances, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(chances, best, 1), best + 360, self.flat(circle)[best]
-
-
-def _offsets(radius: int, *, round_: bool = False) -> np.ndarray:
-    """The offsets (n, 2) of a square, or of a disc."""
-    at = np.arange(-radius, radius + 1)
-    return np.argwhere((at[:, None] ** 2 + at**2 <= radius**2) if round_ else np.ones((len(at), len(at)))) - radius
 
 
 @functools.lru_cache(maxsize=16)
@@ -335,7 +337,7 @@ def _next(
         pick = (odds[waiting] <= chance[waiting, None]).sum(1)
         chosen, tip = table.headings[headings[waiting], pick], tips[waiting, pick]
         table.make(chosen)
-        clash = (flat.take(tip[:, None] + table.square) > table.spare[chosen]).any(1)
+        clash = (flat.take(tip[:, None] + table.spots[chosen]) > table.spare[chosen]).any(1)
         place[waiting[~clash]], heading[waiting[~clash]] = tip[~clash], chosen[~clash]
         waiting = waiting[clash]
         if not len(waiting):

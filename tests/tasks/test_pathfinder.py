@@ -1,5 +1,7 @@
 """The generator keeps to the published geometry, images follow from their numbers, and the published folders are read."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,13 @@ def test_an_image_follows_from_its_seed_and_number():
     assert (one.image == again.image).all()
     assert (one.paths == again.paths).all()
     assert all((one.image != _pathfinder.draw(made, *other).image).any() for other in [(3, 6), (4, 5)])
+
+
+@pytest.mark.parametrize(("size", "digest"), [(32, "ec9c21613332"), (256, "08470cc18b67")])
+def test_images_that_change_are_another_version(drawings, size, digest):
+    """What lies in caches is told from what would be drawn now by `VERSION`: raise it with every new digest."""
+    assert _pathfinder.VERSION == 1
+    assert hashlib.sha256(b"".join(drawing.image.tobytes() for drawing in drawings[size][:3])).hexdigest()[:12] == digest
 
 
 def test_two_paths_begin_at_the_seed_distance(drawings):
