@@ -90,17 +90,23 @@ class Published:
     weight_decay: float
 
 
-# Steps are 40 epochs of 96,000 rows, 32 of 25,000 and 20 of 147,086.
+# Steps are 40 epochs of 96,000 rows, 32 of 25,000, 20 of 147,086, 200 of 45,000 and 160,000, and 50 of 160,000.
 _STATE_SPACES = {
     "listops": Published(6, 256, None, None, 32, 120_000, 0.1, 1e-2, 0.05),
     "text": Published(6, 256, None, None, 16, 50_000, 0.1, 1e-2, 0.05),
     "retrieval": Published(6, 256, None, None, 64, 45_965, 0.1, 1e-2, 0.05),
+    "image": Published(6, 512, None, None, 50, 180_000, 0.1, 1e-2, 0.05),
+    "pathfinder": Published(6, 256, None, None, 64, 500_000, 0.1, 4e-3, 0.05),
+    "path-x": Published(6, 256, None, None, 16, 500_000, 0.1, 1e-3, 0.05),
 }
 # The rate is 0.05 / sqrt(step) after a warm-up of 1000 or 8000 steps, which on Retrieval is longer than the run.
 _ATTENTION = {
     "listops": Published(4, 512, 1024, 8, 32, 5_000, 0.2, 1.58e-3, 0.1),
     "text": Published(4, 256, 1024, 4, 32, 20_000, 0.4, 5.6e-4, 0.1),
     "retrieval": Published(4, 128, 512, 4, 32, 5_000, 1.0, 3.5e-4, 0.1),
+    "image": Published(1, 128, 128, 8, 256, 35_000, 0.005, 5e-4, 0.0),
+    "pathfinder": Published(4, 32, 64, 4, 512, 62_400, 0.005, 1e-3, 0.0),
+    "path-x": Published(4, 32, 64, 4, 64, 500_000, 0.005, 1e-3, 0.0),
 }
 
 
@@ -169,10 +175,11 @@ def classifier(name: Name, task: Task.Config, task_name: str, rows: Rows, size: 
     positions = rows.length if model.positions else 0
     embed = Tokens.Config(vocab_size=rows.vocab_size, positions=positions, dropout=size.dropout)
     config = ModelConfig(d_model=filled.d_model, blocks=(block,) * filled.n_layer, embed=embed, readout=rows.readout)
-    return RunConfig(model=config, task=task, train=_training(published, budget))
+    return RunConfig(model=config, task=task, train=training(published, budget))
 
 
-def _training(published: Published, budget: Budget) -> TrainConfig:
+def training(published: Published, budget: Budget) -> TrainConfig:
+    """What is published, but for what the budget says."""
     chosen = {
         field.name: value
         for field in fields(budget)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hippodrome.part import find, from_dict, names, to_dict
 from hippodrome.task import IGNORE, Batch, Task
+from tests.tasks.cifar import write_cifar
 
 TASKS = names("tasks")
 
@@ -29,6 +30,7 @@ def small(tmp_path_factory):
         lines = ["\t".join([str(n % 2), *words[n : n + columns]]) for n in range(len(words) - 1)]
         (folder / f"{name}.tsv").write_text("\n".join(lines))
         values[name] = str(folder / f"{name}.tsv")
+    values |= {"cifar": str(write_cifar(folder / "cifar"))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIPPODROME_CACHE", str(folder / "cache"))
         yield values
