@@ -33,7 +33,7 @@ from hippodrome.recipes._lra import (
     training,
 )
 from hippodrome.run import RunConfig
-from hippodrome.tasks.image import Image
+from hippodrome.tasks.lra_image import LraImage
 from hippodrome.tasks.pathfinder import Pathfinder
 from hippodrome.tasks.pathfinder_segmentation import PathfinderSegmentation
 
@@ -41,6 +41,7 @@ Pixels = Literal["signal", "tokens"]
 IMAGE_SIZE = Size(dropout=0.1)
 
 _SEGMENTATION = {
+    # The weight decay is that of the authors' other task of labels along a sequence.
     128: (Published(5, 128, None, None, 16, 150_000, 3_000 / 150_000, 1e-4, 0.01), 1024),
     256: (Published(6, 128, None, None, 18, 200_000, 1_000 / 200_000, 5e-5, 0.01), 1024),
     512: (Published(12, 64, None, None, 14, 600_000, 200 / 600_000, 1e-5, 0.01), 2048),
@@ -80,7 +81,7 @@ def pathfinder(
 def image(
     *,
     mixer: Name = "s4d",
-    cifar: str = Image.Config.cifar,
+    cifar: str = LraImage.Config.cifar,
     pixels: Pixels | None = None,
     size: Size = IMAGE_SIZE,
     budget: Budget = PAPER_BUDGET,
@@ -93,8 +94,8 @@ def image(
         pixels: A signal, or 256 tokens; None: what the mixer is published with, a signal for s4 and s4d.
     """
     kind = _pixels(mixer, pixels)
-    task = Image.Config(cifar=cifar, pixels=kind)
-    rows = Rows(vocab_size=256, length=Image.length, readout=Pool.Config(classes=Image.classes))
+    task = LraImage.Config(cifar=cifar, pixels=kind)
+    rows = Rows(vocab_size=256, length=LraImage.length, readout=Pool.Config(classes=LraImage.classes))
     return _of_pixels(classifier(mixer, task, "image", rows, _states(size), budget), kind)
 
 

@@ -76,7 +76,7 @@ def _quadrangle(corners: list[tuple[float, float]], columns: np.ndarray) -> np.n
         for share in (steps / (to_y - y),) if y != to_y else (0.0, 1.0):
             edge = x + share * (to_x - x)
             first[rows], last[rows] = np.minimum(first[rows], edge), np.maximum(last[rows], edge)
-    return (columns >= _half_away(first)[:, None]) & (columns <= _half_to_zero(last)[:, None])
+    return (columns >= np.floor(first + 0.5)[:, None]) & (columns <= np.ceil(last - 0.5)[:, None])
 
 
 def _grown(shape: np.ndarray, radius: int) -> np.ndarray:

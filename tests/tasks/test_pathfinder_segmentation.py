@@ -100,3 +100,14 @@ def test_floors_are_the_scores_of_answers_without_a_model(task):
 def test_a_size_that_is_not_one():
     with pytest.raises(BadInput, match="size is 64: did you mean 128"):
         PathfinderSegmentation.Config(size=64)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(task):
+    torch.manual_seed(0)
+    targets, logits = torch.randint(3, (2, 5000)), torch.randn(2, 5000, 3)
+    here = task.score(logits, Batch(targets, targets))
+    there = task.score(logits.cuda(), Batch(targets, targets).to("cuda"))
+    for name, (total, count) in here.items():
+        assert float(there[name][0]) == pytest.approx(float(total), rel=1e-5)
+        assert int(there[name][1]) == int(count)
