@@ -10,11 +10,10 @@ as S4 splits them. Pixels are x / 127.5 - 1, or 256 tokens. Sources: Linsley et 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -30,8 +29,15 @@ Size = Literal[32, 64, 128, 256]
 HARD = "curv_contour_length_14"
 """The set of a published folder that Long Range Arena takes."""
 
-FIRST: dict[Split, int] = {"train": 0, "valid": 1 << 40, "test": 2 << 40}
+_FIRST: dict[Split, int] = {"train": 0, "valid": 1 << 40, "test": 2 << 40}
 """Number of a split's first image, so that a larger training split leaves the others as they are."""
+
+
+class Answer(NamedTuple):
+    """What is asked of a drawing, as bytes of some shape."""
+
+    shape: tuple[int, ...]
+    of: Callable[[_pathfinder.Drawing], np.ndarray]
 
 
 class Pathfinder(_Images):
@@ -77,10 +83,9 @@ class Pathfinder(_Images):
         if config.folder is not None:
             return _read(Path(config.folder).expanduser(), split, config.size)
         geometry, rows = _pathfinder.LRA[config.size], self.size(split)
-        facts = {"geometry": repr(geometry), "version": _pathfinder.VERSION, "seed": config.seed, "split": split, "rows": rows}
-        shapes = {"images": (rows, config.length), "targets": (rows,)}
-        draw = partial(_drawn, geometry, config.seed, FIRST[split])
-        return kept(f"pathfinder{config.size}-{split}", facts, shapes, draw)
+        return drawn(
+            f"pathfinder{config.size}", geometry, config.seed, split, rows, Answer((), lambda drawing: np.array(drawing.label))
+        )
 
 
 def check_sizes(size: int, allowed: tuple[int, ...], train_rows: int, test_rows: int) -> None:
@@ -93,10 +98,18 @@ def check_sizes(size: int, allowed: tuple[int, ...], train_rows: int, test_rows:
             raise BadInput(f"{name} is {rows}: it must be at least 1")
 
 
-def _drawn(geometry: _pathfinder.Geometry, seed: int, first: int, start: int, stop: int) -> Arrays:
-    drawings = [_pathfinder.draw(geometry, seed, first + row) for row in range(start, stop)]
-    images = np.stack([drawing.image.ravel() for drawing in drawings])
-    return {"images": images, "targets": np.array([drawing.label for drawing in drawings], np.uint8)}
+def drawn(
+    name: str, geometry: _pathfinder.Geometry, seed: int, split: Split, rows: int, answer: Answer
+) -> dict[str, np.ndarray]:
+    """images (rows, H * W) of a split and targets, the answer to each, from the cache or else drawn."""
+
+    def make(start: int, stop: int) -> Arrays:
+        drawings = [_pathfinder.draw(geometry, seed, _FIRST[split] + row) for row in range(start, stop)]
+        images = np.stack([drawing.image.ravel() for drawing in drawings])
+        return {"images": images, "targets": np.stack([answer.of(drawing) for drawing in drawings])}
+
+    facts = {"geometry": repr(geometry), "version": _pathfinder.VERSION, "seed": seed, "split": split, "rows": rows}
+    return kept(f"{name}-{split}", facts, {"images": (rows, geometry.size**2), "targets": (rows, *answer.shape)}, make)
 
 
 # The published folders

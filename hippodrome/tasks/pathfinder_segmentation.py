@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,8 +19,8 @@ from torch.nn import functional as F
 
 from hippodrome.task import IGNORE, Batch, Split
 from hippodrome.tasks import _pathfinder
-from hippodrome.tasks._images import Arrays, _Images, kept
-from hippodrome.tasks.pathfinder import FIRST, check_sizes
+from hippodrome.tasks._images import _Images
+from hippodrome.tasks.pathfinder import Answer, check_sizes, drawn
 
 Size = Literal[128, 256, 512]
 CLASSES = 3
@@ -81,12 +80,10 @@ class PathfinderSegmentation(_Images):
         return {name: macro_f1(_confusion(asked, answer)) for name, answer in answers.items()}
 
     def _open(self, split: Split) -> dict[str, np.ndarray]:
-        config, rows = self.config, self.size(split)
-        geometry = _pathfinder.SEGMENTATION[config.size]
-        facts = {"geometry": repr(geometry), "version": _pathfinder.VERSION, "seed": config.seed, "split": split, "rows": rows}
-        shapes = {"images": (rows, config.length), "targets": (rows, config.length)}
-        draw = partial(_drawn, geometry, config.seed, FIRST[split])
-        return kept(f"pathfinder_segmentation{config.size}-{split}", facts, shapes, draw)
+        size = self.config.size
+        answer = Answer((size**2,), lambda drawing: _pathfinder.classes(drawing).ravel())
+        geometry, name = _pathfinder.SEGMENTATION[size], f"pathfinder_segmentation{size}"
+        return drawn(name, geometry, self.config.seed, split, self.size(split), answer)
 
 
 def macro_f1(pairs: np.ndarray) -> float:
@@ -103,9 +100,3 @@ def _recall(pairs: np.ndarray) -> float:
 def _confusion(asked: np.ndarray, answer: np.ndarray) -> np.ndarray:
     counts = np.bincount(CLASSES * asked.astype(np.int64) + answer, minlength=CLASSES**2)
     return counts.reshape(CLASSES, CLASSES)
-
-
-def _drawn(geometry: _pathfinder.Geometry, seed: int, first: int, start: int, stop: int) -> Arrays:
-    drawings = [_pathfinder.draw(geometry, seed, first + row) for row in range(start, stop)]
-    images = np.stack([drawing.image.ravel() for drawing in drawings])
-    return {"images": images, "targets": np.stack([_pathfinder.classes(drawing).ravel() for drawing in drawings])}

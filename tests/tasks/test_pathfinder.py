@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from hippodrome.part import BadInput
 from hippodrome.tasks import _dashes, _images, _pathfinder
 from hippodrome.tasks.pathfinder import Pathfinder, main
+from tests.commands import run
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,16 @@ def test_workers_are_a_number(monkeypatch):
     monkeypatch.setenv("HIPPODROME_WORKERS", "many")
     with pytest.raises(BadInput, match="HIPPODROME_WORKERS is 'many'"):
         _images._workers()
+
+
+def test_trains_by_command(tmp_path):
+    words = ["--train-rows", 16, "--test-rows", 8, "--n-layer", 1, "--d-model", 8, "--steps", 2, "--batch-size", 4]
+    result = run("train", "lra_images.pathfinder", *words, "--device", "cpu", "--out", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "(commoner class)" in result.out
+    refused = run("train", "lra_images.pathfinder", "--folder", tmp_path, "--device", "cpu", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "no folder of Pathfinder images" in refused.complaint
 
 
 def test_a_picture_of_samples(tmp_path, monkeypatch):
