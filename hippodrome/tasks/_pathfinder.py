@@ -271,8 +271,9 @@ def _two_paths(table: _Table, rng: np.random.Generator) -> tuple[np.ndarray, np.
     """The field and the dashes (2, contour_length, 2) of two whole paths, whatever number of attempts it takes."""
     made, edge = table.geometry, table.rim + table.geometry.padding
     most = max(_ATTEMPTS[0], _ROOM // table.stride**2)
-    for attempts in itertools.chain(_ATTEMPTS, itertools.repeat(_ATTEMPTS[-1])):
-        places, headings = _two_seeds(table, min(attempts, most), rng)
+    attempts = itertools.chain(_ATTEMPTS, itertools.repeat(_ATTEMPTS[-1]))
+    while True:
+        places, headings = _two_seeds(table, min(next(attempts), most), rng)
         fields = np.full((len(places), table.stride, table.stride), 255, np.uint8)
         fields[:, edge:-edge, edge:-edge] = 0
         grown = _grow(table, fields, places, headings, made.contour_length, rng)
@@ -281,7 +282,6 @@ def _two_paths(table: _Table, rng: np.random.Generator) -> tuple[np.ndarray, np.
             # As in the public generator, of the two last dashes only the second path's is kept free of distractors.
             table.claim(field.reshape(-1), paths[1:, -1, 0], paths[1:, -1, 1])
             return field, paths
-    raise AssertionError
 
 
 def _two_seeds(table: _Table, attempts: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

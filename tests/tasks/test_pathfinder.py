@@ -140,6 +140,15 @@ def test_half_of_the_labels_are_joined():
     assert 30 < sum(labels) < 70
 
 
+@pytest.mark.parametrize("made", [_pathfinder.LRA[32], _pathfinder.LRA[64], _pathfinder.SEGMENTATION[128]])
+def test_tables_have_room_for_every_heading(made):
+    for margin in made.margins:
+        table = _pathfinder._table(made, margin)
+        table.make(np.arange(len(table.angles)))
+        assert (table.masks > 0).all(), "a spot that is no part of a dash"
+        assert (table.chances[:, 0] > 0.5).all(), "a heading that has none straight ahead"
+
+
 @pytest.mark.parametrize("size", _pathfinder.LRA)
 def test_every_size_of_long_range_arena(size):
     drawing = _pathfinder.draw(_pathfinder.LRA[size], 0, 1)
