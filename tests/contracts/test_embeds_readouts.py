@@ -12,13 +12,19 @@ from hippodrome.model import Embed, Readout
 from hippodrome.part import find, names, part_name
 from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pool import Pool
+from hippodrome.readouts.positions import Positions
 from hippodrome.task import Batch
 from tests.support import assert_builds_on_meta, assert_close, assert_gradients, assert_survives_json, build
 
 D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 3, 5, 11, 2, 4
 
 EMBEDS = (Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS))
-READOUTS = (Lm.Config(), Lm.Config(tied=False), *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")))
+READOUTS = (
+    *(Lm.Config(), Lm.Config(tied=False)),
+    *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")),
+    # The targets here are all of one class, so that balancing changes nothing.
+    *(Positions.Config(classes=CLASSES, balanced=balanced) for balanced in (False, True)),
+)
 
 embeds = pytest.mark.parametrize("config", EMBEDS, ids=lambda config: part_name(config.part))
 readouts = pytest.mark.parametrize("config", READOUTS, ids=lambda config: part_name(config.part))
