@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -290,15 +290,6 @@ def _write(folder: Path, shape: Shape, rows: int, rng: np.random.Generator, sett
         np.save(beside / "ends.npy", np.concatenate(ends))
         np.save(beside / "closed.npy", np.concatenate(closed))
         write_json(beside / "manifest.json", settings)
-
-
-def padded(tokens: np.ndarray, ends: np.ndarray, rows: Sequence[int], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (B, width) int64 of some trees, cut or padded with 0, and their lengths (B,)."""
-    ids, lengths = np.zeros((len(rows), width), np.int64), np.zeros(len(rows), np.int64)
-    for place, row in enumerate(rows):
-        tree = tokens[ends[row] : ends[row + 1]][:width]
-        ids[place, : len(tree)], lengths[place] = tree, len(tree)
-    return ids, lengths
 
 
 # Asking

@@ -20,7 +20,8 @@ from torch import Tensor
 from hippodrome.part import BadInput
 from hippodrome.task import Batch, Split
 from hippodrome.tasks._labels import commonest, label_scores
-from hippodrome.tasks._listops import CLOSE, DIGIT, _TreeTask, encode, padded
+from hippodrome.tasks._listops import CLOSE, DIGIT, _TreeTask, encode
+from hippodrome.tasks._rows import padded
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
 _FILES: dict[Split, str] = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hippodrome.task import IGNORE, Batch, Split
 from hippodrome.tasks._labels import commonest, label_scores
-from hippodrome.tasks._listops import CLOSE, OPERATOR, Trees, _TreeTask, padded
+from hippodrome.tasks._listops import CLOSE, OPERATOR, Trees, _TreeTask
+from hippodrome.tasks._rows import padded
 
 EASY = 2
 """The height up to which the answer lies near its bracket."""

@@ -24,6 +24,11 @@ def small(tmp_path_factory):
     path.write_text("|".join("".join(letters[start : start + 50]) for start in range(0, 3000, 50)))
     values = {"text": str(path), "separator": "|", "tokenizer": "bytes", "length": 12, "train_rows": 70, "test_rows": 23}
     values |= {"min_length": 9, "max_length": 40}
+    words = ["".join(letters[start : start + 20]) for start in range(0, 2400, 20)]
+    for name, columns in {"documents": 1, "pairs": 2}.items():
+        lines = ["\t".join([str(n % 2), *words[n : n + columns]]) for n in range(len(words) - 1)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+        values[name] = str(folder / f"{name}.tsv")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIPPODROME_CACHE", str(folder / "cache"))
         yield values
