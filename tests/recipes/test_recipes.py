@@ -182,3 +182,29 @@ def test_subtrees_are_read_out_at_every_position(mixer):
     assert logits.shape == (2, 40, 10)
     assert (config.task.max_depth, config.task.max_args, config.task.max_length) == (15, 9, 8180)
     assert (config.train.lr, config.train.weight_decay, config.train.steps) == (8e-4, 0.01, 300_000)
+
+
+# A recipe with a word chosen
+
+
+def test_a_recipe_with_a_word_chosen_is_that_recipe():
+    chosen = find_recipe("lra.listops+mixer=s4")
+    assert chosen() == find_recipe("lra.listops")(mixer="s4")
+    assert chosen(size=Size(n_layer=2)) == find_recipe("lra.listops")(mixer="s4", size=Size(n_layer=2))
+    assert "mixer" not in inspect.signature(chosen).parameters
+    assert inspect.getdoc(chosen) == inspect.getdoc(find_recipe("lra.listops"))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("lra.listop+mixer=s4", r"did you mean 'lra\.listops'"),
+        ("lra.listops+mixr=s4", "did you mean 'mixer'"),
+        ("lra.listops+size=s4", "no words to choose for 'size'"),
+        ("lra.listops+mixer=transfromer", "mixer of lra.listops is 'transfromer'.*did you mean 'transformer'"),
+        ("lra.listops+mixer", "is ''"),
+    ],
+)
+def test_a_word_that_cannot_be_chosen_is_refused(name, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        find_recipe(name)
