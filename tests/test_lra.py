@@ -2,9 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from hippodrome.tasks.retrieval import Retrieval
+from hippodrome.tasks.text import Text
 from tests.commands import run
 
 SHORT = ["--min-length", 5, "--max-length", 30, "--max-depth", 4, "--max-args", 4, "--train-rows", 64, "--test-rows", 40]
@@ -62,3 +65,38 @@ def test_missing_documents_are_one_line(place):
     assert result.code == 2
     assert "aclImdb" in result.complaint
     assert "--documents" in result.complaint
+
+
+def blocks():
+    """The stand-ins' programs, as printed in docs/lra.md."""
+    page = (Path(__file__).parent.parent / "docs" / "lra.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_spam_of_the_page_becomes_a_task(place):
+    for folder, text in {"easy-ham-1": "buy milk", "hard-ham-1": "buy oats", "spam-2": "buy pills"}.items():
+        for n in range(20):
+            path = place / "package" / "data" / folder / f"{n}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"Received: from {folder}\nSubject: hi\n\n{text} {n} \xff\n\nbye\n".encode("latin-1"))
+    exec(blocks()[0], {})
+    task = Text.Config(documents="spam-or-ham.jsonl").build()
+    assert task.labels == ["ham", "spam"]
+    assert sum(task.size(split) for split in ("train", "valid", "test")) == 60
+    assert task.floors()["majority class"] >= 0.5
+    first = bytes((task.batch("test", 0, 1).inputs[0] - 1).tolist())
+    assert first.startswith(b"buy ")
+    assert first.endswith(b"bye\n")
+
+
+def test_the_neighbours_of_the_page_become_a_task(place):
+    exec(blocks()[1], {})
+    task = Retrieval.Config(pairs="neighbours", length=2000).build()
+    assert task.labels == ["follows", "stranger"]
+    assert task.floors() == {"majority class": 0.5}
+    assert task.size("train") > 8000
+    assert min(task.size("valid"), task.size("test")) > 500
+    first, second = (
+        {bytes((ids - 1).tolist())[:100] for ids in task.batch(split, 0, 400).inputs[:, 0]} for split in ("train", "test")
+    )
+    assert not first & second
