@@ -201,7 +201,7 @@ def bench(
     A flag that is not given is the subject's own choice for the device; one that it does not know is refused.
 
     Args:
-        subject: diagonal_ssm, long_conv, h3, train, generate or lra.
+        subject: diagonal_ssm, long_conv, h3, scan, train, generate or lra.
         lengths: Tokens of a row, or of a prompt.
         tokens: Tokens of a batch, kept at every length.
         batch: Rows, instead of as many as make the tokens.

@@ -131,6 +131,78 @@ def test_a_classifier_of_signals_honours_padding():
     assert_close(model.loss(batch).total, F.cross_entropy(logits, batch.targets))
 
 
+# Norms
+
+
+def stack(norm, order, **settings):
+    """Two blocks whose norms have weights of their own, and statistics where they keep any."""
+    block = BlockConfig(mixer=H3.Config(d_state=8), channel=Mlp.Config(), norm=norm, order=order, **settings)
+    model = built(dataclasses.replace(HYBRID, blocks=(block, block)))
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
+NORMS = {
+    "layer": lambda x, m: F.layer_norm(x, x.shape[-1:], m.weight, m.bias),
+    "rms": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * m.weight,
+    "scale": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight[0],
+    "batch": lambda x, m: (x - m.running_mean) / (m.running_var + 1e-5).sqrt() * m.weight + m.bias,
+}
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_stand_before_the_maps_or_behind_the_sums(norm, order):
+    model, by = stack(norm, order), NORMS[norm]
+    x = expected = model.embed(ids(2, 9))
+    for block in model.blocks:
+        for part, scale in ((block.mixer, block.mixer_norm), (block.channel, block.channel_norm)):
+            total = expected + part(by(expected, scale) if order == "pre" else expected)[0]
+            expected = total if order == "pre" else by(total, scale)
+        x = block(x, None, None)[0]
+    assert_close(x, expected)
+    if order == "pre":
+        expected = by(expected, model.final_norm)
+    assert_close(model(ids(2, 9)).logits, model.readout(expected))
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_whole_is_chunks_and_steps_under_every_norm(norm, order):
+    model, x = stack(norm, order), ids(2, 12)
+    with torch.no_grad():
+        first = model(x[:, :5], model.init_state(2))
+        state, said = first.state, [first.logits]
+        for token in x[:, 5:].unbind(1):
+            logits, state = model.step(token, state)
+            said.append(logits[:, None])
+        assert_close(torch.cat(said, 1), model(x).logits)
+
+
+def test_a_batch_norm_in_training_takes_all_positions_and_remembers_them():
+    norm = stack("batch", "pre").train().blocks[0].mixer_norm
+    x = 3 + 2 * torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(0))
+    before, rows = norm.running_mean.clone(), x.reshape(28, 16)
+    expected = (x - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+    assert_close(norm(x), expected)
+    assert_close(norm.running_mean, 0.9 * before + 0.1 * rows.mean(0))
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert norm.running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_dropout_falls_on_what_a_block_adds(order):
+    """Of everything dropped, the input and its norms are left."""
+    model = stack("scale", order, dropout=1.0).train()
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    block = model.blocks[0]
+    expected = x if order == "pre" else block.channel_norm(block.mixer_norm(x))
+    assert_close(block(x, None, None)[0], expected)
+
+
 # Loss
 
 

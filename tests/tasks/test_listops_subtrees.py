@@ -96,3 +96,15 @@ def test_the_published_setting_has_the_papers_heights(tmp_path, monkeypatch):
     share = height[height > 0].bincount(minlength=6)[1:6] / (height > 0).sum()
     assert share.tolist() == pytest.approx([0.463, 0.207, 0.116, 0.072, 0.047], abs=0.006)
     assert ((batch.inputs >= DIGIT) | (torch.arange(8180) >= batch.lengths[:, None])).all()
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(task):
+    batch = task.batch("test", 0, 30)
+    torch.manual_seed(0)
+    logits = torch.randn(30, 260, 10)
+    on_gpu, on_cpu = task.score(logits.cuda(), batch.to("cuda")), task.score(logits, batch)
+    assert torch.equal(heights(batch.inputs.cuda()).cpu(), heights(batch.inputs))
+    for name, (total, count) in on_cpu.items():
+        assert float(on_gpu[name][0]) == pytest.approx(float(total), rel=1e-5)
+        assert int(on_gpu[name][1]) == int(count)
