@@ -27,6 +27,9 @@ class Batch:
     where nothing is asked. lengths: real tokens a row (B,), the rest is right padding; or their spans (B, 2) as start and
     stop, for left or mixed padding; None when all are real. starts: (B,) bool, False where the row continues the same row
     of the batch before it, so that a carried state must be kept; None when every row starts anew.
+
+    A row can be G sequences, such as a pair of documents: ids (B, G, L), with lengths (B, G) that count each one's tokens.
+    The model reads all B G sequences alike and its readout joins those of a row, so that no cut through a batch parts them.
     """
 
     inputs: Tensor
@@ -66,6 +69,13 @@ class Task(Part, folder="tasks"):
     def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """name -> (sum, count), so that scores add over batches and machines."""
         raise NotImplementedError
+
+    def floors(self) -> Mapping[str, float]:
+        """What the headline score is on the test split for answers that need no model: {"predict the mean": 0.0}.
+
+        Printed beside every score, so that nobody takes a floor for an achievement. None by default.
+        """
+        return {}
 
     def save(self, folder: Path) -> None:
         """Write what a run needs to be used without the data (a tokenizer). Nothing by default."""

@@ -11,14 +11,22 @@ from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import Embed, Readout
 from hippodrome.part import find, names, part_name
 from hippodrome.readouts.lm import Lm
+from hippodrome.readouts.pair import Pair
 from hippodrome.readouts.pool import Pool
+from hippodrome.readouts.positions import Positions
 from hippodrome.task import Batch
 from tests.support import assert_builds_on_meta, assert_close, assert_gradients, assert_survives_json, build
 
-D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 3, 5, 11, 2, 4
+D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 4, 5, 11, 2, 4
 
 EMBEDS = (Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS))
-READOUTS = (Lm.Config(), Lm.Config(tied=False), *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")))
+READOUTS = (
+    *(Lm.Config(), Lm.Config(tied=False)),
+    *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")),
+    *(Pair.Config(classes=CLASSES, how=how) for how in ("mean", "last")),
+    # The targets here are all of one class, so that balancing changes nothing.
+    *(Positions.Config(classes=CLASSES, balanced=balanced) for balanced in (False, True)),
+)
 
 embeds = pytest.mark.parametrize("config", EMBEDS, ids=lambda config: part_name(config.part))
 readouts = pytest.mark.parametrize("config", READOUTS, ids=lambda config: part_name(config.part))
@@ -90,7 +98,7 @@ def test_embed_config_and_meta(config):
 @readouts
 def test_loss_is_the_cross_entropy_of_what_forward_says(config):
     readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D)
-    batch = batch_for(readout, torch.tensor([5, 2, 4]))
+    batch = batch_for(readout, torch.tensor([5, 2, 4, 1]))
     nats, count = readout.loss(hidden, batch)
     logits = readout(hidden, batch.lengths)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum")
