@@ -11,7 +11,7 @@ the right, nothing is transposed, and frequencies stay in the order [f, g], in w
 
 Frequencies f do not meet between the first product and the last, so a program may take R of them at a time and add up what they
 owe to the output; where registers allow, R is all of them (_tiles.py). That is 4 N1 + 8 N2 multiply-adds a token, and no number
-but inputs, the taps' spectrum, tables and outputs is read or written. A program has B sequences side by side: [a, (sequence, s)].
+but inputs, the taps' spectrum, tables and outputs is read or written. B sequences lie side by side: [a, (sequence, s)].
 
 Precision. bfloat16 tables and spectra would cost twice what casting the inputs costs. Here half types are multiplied as float16
 with 11 bits: each sequence is divided by a power of two, each channel's spectrum too, and the tables are unitary, so that no
