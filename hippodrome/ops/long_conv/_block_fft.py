@@ -9,9 +9,9 @@ and the turn is part of the matrix D1 = exp(-2 pi i a (f - 1/4) / N1) and of the
 The way back is the adjoint, for real parts the real part of D1^T ((conj(Z) D2) twist). One product is from the left, one from
 the right, nothing is transposed, and frequencies stay in the order [f, g], in which the taps' spectrum is laid down.
 
-Frequencies f do not meet between the first product and the last, so a program takes R of them at a time and adds up what they
-owe to the output, which alone stays in registers. That is 4 N1 + 8 N2 multiply-adds a token, and no number but inputs, the
-taps' spectrum, tables and outputs is read or written. Rows of a program are B sequences side by side, [a, (sequence, s)].
+Frequencies f do not meet between the first product and the last, so a program may take R of them at a time and add up what they
+owe to the output; where registers allow, R is all of them (_tiles.py). That is 4 N1 + 8 N2 multiply-adds a token, and no number
+but inputs, the taps' spectrum, tables and outputs is read or written. B sequences lie side by side: [a, (sequence, s)].
 
 Precision. bfloat16 tables and spectra would cost twice what casting the inputs costs. Here half types are multiplied as float16
 with 11 bits: each sequence is divided by a power of two, each channel's spectrum too, and the tables are unitary, so that no
