@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +50,7 @@ def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: boo
         report = train_run(config, folder, resume=resume, watch=watch)
     if os.environ.get("RANK", "0") != "0":
         return
-    _print_scores(report["scores"])
+    _print_scores(report["scores"], report["headline"], report.get("floors", {}))
     print(
         f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}"
     )
@@ -120,9 +120,10 @@ def eval_(
     size = config.train.batch_size if batch_size is None else batch_size
     scores = evaluate(model, task, split, batch_size=size, max_batches=max_batches, precision=precision)
     where = next(model.parameters()).device
-    facts = {"split": split, "scores": scores, "max_batches": max_batches, "provenance": provenance(None, where)}
-    write_json(run / "eval.json", facts)
-    _print_scores({split: scores})
+    floors = dict(task.floors())
+    facts = {"split": split, "scores": scores, "headline": task.headline, "floors": floors, "max_batches": max_batches}
+    write_json(run / "eval.json", facts | {"provenance": provenance(None, where)})
+    _print_scores({split: scores}, task.headline, floors)
 
 
 def compare(
@@ -479,9 +480,11 @@ def _tokenizer(run: Path) -> Any:
     return Tokenizer.load(run)
 
 
-def _print_scores(scores: dict[str, dict[str, float]]) -> None:
-    names = sorted({name for row in scores.values() for name in row})
-    rows = [(split, *[f"{row[name]:.4f}" if name in row else "" for name in names]) for split, row in scores.items()]
+def _print_scores(scores: dict[str, dict[str, float]], headline: str, floors: Mapping[str, float]) -> None:
+    """A row a split, and one for each floor of the headline score."""
+    named = scores | {f"({name})": {headline: value} for name, value in floors.items()}
+    names = sorted({name for row in named.values() for name in row})
+    rows = [(split, *[f"{row[name]:.4f}" if name in row else "" for name in names]) for split, row in named.items()]
     _print_table(("split", *[name.replace("_", " ") for name in names]), rows)
 
 

@@ -88,10 +88,12 @@ def compare(
     if contexts:
         for name in recipes:
             results[name]["generation"] = time_contexts(folder / runs[name][0]["folder"], contexts, new_tokens)
-    first = next(iter(recipes.values()))
+    first, trained = next(iter(recipes.values())), runs[next(iter(runs))][0]
     report = {
         "task": to_dict(first.task),
-        "headline": runs[next(iter(runs))][0]["headline"],
+        "headline": trained["headline"],
+        # A run that was finished before floors were written has none.
+        "floors": trained.get("floors", {}),
         "seeds": seeds,
         "results": results,
         "provenance": provenance(first.train.seed, choose_device(first.train.device)),
@@ -200,6 +202,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     for name, row in results.items():
         scores = [_plus_minus(row["scores"][score]) if score in row["scores"] else "" for score in names]
         table.add_row(name, f"{row['parameters']:,}", *scores, f"{row['tokens_per_s']:,.0f}")
+    for name, value in report["floors"].items():
+        table.add_row(f"({name})", "", f"{value:.4f}", *[""] * len(names), style="dim")
     console = Console()
     console.print(table)
     if any("generation" in row for row in results.values()):

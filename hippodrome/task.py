@@ -67,6 +67,13 @@ class Task(Part, folder="tasks"):
         """name -> (sum, count), so that scores add over batches and machines."""
         raise NotImplementedError
 
+    def floors(self) -> Mapping[str, float]:
+        """What the headline score is on the test split for answers that need no model: {"predict the mean": 0.0}.
+
+        Printed beside every score, so that nobody takes a floor for an achievement. None by default.
+        """
+        return {}
+
     def save(self, folder: Path) -> None:
         """Write what a run needs to be used without the data (a tokenizer). Nothing by default."""
 

@@ -138,6 +138,7 @@ def train(
         scores["test"] = _scores(model, task, "test", settings, whole=True)
         report = {
             "headline": task.headline,
+            "floors": dict(task.floors()),
             "scores": scores,
             "steps": done,
             "tokens": tokens,

@@ -9,6 +9,7 @@ import pytest
 
 from hippodrome.cli import VERBS
 from hippodrome.recipes import recipes
+from hippodrome.tasks.lm import Lm
 from tests.commands import TINY, run, write_text
 
 
@@ -84,6 +85,13 @@ def test_eval_prints_and_writes(trained):
     assert f"{written['scores']['bits_per_byte']:.4f}" in result.out
     reported = json.loads((trained / "report.json").read_text())["scores"]["valid"]
     assert written["scores"] == pytest.approx(reported)
+
+
+def test_eval_prints_and_writes_the_floors(trained, monkeypatch):
+    monkeypatch.setattr(Lm, "floors", lambda self: {"every byte alike": 8.0})
+    result = run("eval", trained, "--split", "valid", "--device", "cpu")
+    assert re.search(r"\(every byte alike\)\W+8\.0000", result.out)
+    assert json.loads((trained / "eval.json").read_text())["floors"] == {"every byte alike": 8.0}
 
 
 def test_compare_leaves_a_table_and_a_picture(place):

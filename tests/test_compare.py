@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 
 import pytest
@@ -123,6 +124,15 @@ def test_the_table_shows_every_racer(race, capsys):
     assert "h3" in out
     assert "attention" in out
     assert "±" in out
+
+
+def test_floors_stand_beside_the_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Induction, "floors", lambda self: {"always the same token": 0.125})
+    report = compare({"attention": with_mixer(Attention.Config(n_head=2), steps=1)}, tmp_path / "race")
+    run = json.loads((tmp_path / "race" / "attention-seed0" / "report.json").read_text())
+    assert report["floors"] == run["floors"] == {"always the same token": 0.125}
+    print_table(report)
+    assert re.search(r"\(always the same token\)\W+0\.1250", capsys.readouterr().out)
 
 
 def test_the_picture_is_a_picture(race):
