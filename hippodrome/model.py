@@ -1,7 +1,7 @@
 """The whole model in one file: slots, block, model.
 
-A model is an embedding, a stack of pre-norm residual blocks (a mixer moves information along the sequence, a channel
-mixer within a position), a final norm and a readout. One call does training, chunked prefill and decoding:
+A model is an embedding, a stack of residual blocks (a mixer moves information along the sequence, a channel mixer within a
+position), a final norm and a readout. One call does training, chunked prefill and decoding:
 `model(inputs)` forgets, `model(inputs, state)` continues from `state` and returns the next one.
 """
 
@@ -138,13 +138,21 @@ class Readout(Part, nn.Module, folder="readouts"):
         raise NotImplementedError
 
 
+Norm = Literal["layer", "rms", "scalar"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One residual block: x + mixer(norm(x)), then x + channel(norm(x))."""
+    """One residual block: x + mixer(norm(x)), then x + channel(norm(x)).
+
+    order "post": norm(x + mixer(x)), then norm(x + channel(x)); a model whose last block is one has no final norm.
+    norm "scalar" is DLR's, see `ScalarNorm`.
+    """
 
     mixer: Mixer.Config
     channel: ChannelMixer.Config | None = None
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Norm = "layer"
+    order: Literal["pre", "post"] = "pre"
     dropout: float = 0.0
 
 
@@ -165,25 +173,45 @@ class ModelConfig:
         return Model(self)
 
 
-def _norm(kind: str, d_model: int) -> nn.Module:
-    return nn.LayerNorm(d_model) if kind == "layer" else nn.RMSNorm(d_model, eps=1e-6)
+class ScalarNorm(nn.Module):
+    """y = scale (x - mean + shift) / std over the last axis, scale and shift one number each (the norm of DLR's models).
+
+    The statistics are fp32. Equal channels have no spread to divide by: the variance is kept above 1e-12.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+        return (self.scale * (wide - mean + self.shift) * (variance + 1e-12).rsqrt()).to(x.dtype)
+
+
+def _norm(kind: Norm, d_model: int) -> nn.Module:
+    if kind == "layer":
+        return nn.LayerNorm(d_model)
+    return nn.RMSNorm(d_model, eps=1e-6) if kind == "rms" else ScalarNorm()
 
 
 def _added(x: Tensor, delta: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + delta (B, D) and its norm, in one go; delta None: nothing is added."""
+    """x + delta (B, D) and its norm, where there is an op in one go; delta None: nothing is added."""
     if delta is None:
         return x, norm(x)
-    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return x + delta, norm(x + delta)
     assert norm.eps is not None
     bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
     return add_norm(x, delta, norm.weight, bias, norm.eps, centred=isinstance(norm, nn.LayerNorm))
 
 
 class Block(nn.Module):
-    """A pre-norm residual unit: mixer, then channel mixer."""
+    """A residual unit: mixer, then channel mixer, each with a norm before it, or after the sum."""
 
     def __init__(self, config: BlockConfig, d_model: int) -> None:
         super().__init__()
+        self.post = config.order == "post"
         self.mixer_norm = _norm(config.norm, d_model)
         self.mixer: Mixer[Any] = config.mixer.build(d_model)
         self.channel_norm = _norm(config.norm, d_model) if config.channel else None
@@ -191,14 +219,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State | None, Aux]:
-        mixed, after = self.mixer(self.mixer_norm(x), state, lengths=lengths)
-        x, aux = self._mix_channels(x + self.dropout(mixed))
+        mixed, after = self.mixer(x if self.post else self.mixer_norm(x), state, lengths=lengths)
+        x, aux = self._mix_channels(self._sum(x, self.dropout(mixed), self.mixer_norm))
         return x, after, aux
 
     def step(
         self, x: Tensor, delta: Tensor | None, state: State, position: Tensor, stepper: Stepper[Any]
-    ) -> tuple[Tensor, Tensor, State]:
+    ) -> tuple[Tensor, Tensor | None, State]:
         """One token: x (B, D) and what is still to be added to it -> the same after the block, and the state."""
+        if self.post:
+            x = x if delta is None else x + delta
+            mixed, after = stepper.step(x, state, position)
+            return self._mix_channels(self._sum(x, self.dropout(mixed), self.mixer_norm))[0], None, after
         x, normed = _added(x, delta, self.mixer_norm)
         mixed, after = stepper.step(normed, state, position)
         delta = self.dropout(mixed)
@@ -210,8 +242,11 @@ class Block(nn.Module):
     def _mix_channels(self, x: Tensor) -> tuple[Tensor, Aux]:
         if self.channel is None or self.channel_norm is None:
             return x, {}
-        mixed, aux = self.channel(self.channel_norm(x))
-        return x + self.dropout(mixed), aux
+        mixed, aux = self.channel(x if self.post else self.channel_norm(x))
+        return self._sum(x, self.dropout(mixed), self.channel_norm), aux
+
+    def _sum(self, x: Tensor, delta: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x + delta) if self.post else x + delta
 
 
 @dataclass(frozen=True)
@@ -249,7 +284,8 @@ class Model(nn.Module):
         self.activation_checkpointing = False
         self.embed: Embed = config.embed.build(config.d_model)
         self.blocks = nn.ModuleList(Block(block, config.d_model) for block in config.blocks)
-        self.final_norm = _norm(config.blocks[-1].norm, config.d_model)
+        last = config.blocks[-1]
+        self.final_norm = _norm(last.norm, config.d_model) if last.order == "pre" else nn.Identity()
         self.readout: Readout = config.readout.build(config.d_model, self.embed)
         self._init_weights()
 

@@ -17,12 +17,13 @@ from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig
+from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig, ScalarNorm
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pool import Pool
 from hippodrome.task import IGNORE, Batch
+from tests import golden_files
 from tests.support import assert_close, assert_gradients
 
 VOCAB = 13
@@ -38,6 +39,13 @@ HYBRID = ModelConfig(
     embed=Tokens.Config(vocab_size=VOCAB, positions=32),
     readout=Lm.Config(),
     init_std=0.2,
+)
+POST = dataclasses.replace(
+    HYBRID,
+    blocks=tuple(
+        dataclasses.replace(block, order="post" if layer else "pre", norm=norm)
+        for layer, (block, norm) in enumerate(zip(HYBRID.blocks, ("layer", "layer", "rms", "scalar"), strict=True))
+    ),
 )
 CLASSIFIER = dataclasses.replace(HYBRID, embed=Signal.Config(channels=2), readout=Pool.Config(classes=3))
 
@@ -129,6 +137,61 @@ def test_a_classifier_of_signals_honours_padding():
         assert_close(logits[row], model(x[row : row + 1, start:stop]).logits[0])
     batch = Batch(x, torch.tensor([0, 2, 1]), spans)
     assert_close(model.loss(batch).total, F.cross_entropy(logits, batch.targets))
+
+
+# Norms after the sum
+
+
+@pytest.mark.parametrize("max_len", [None, 20])
+def test_post_norm_is_one_function_in_chunks_and_steps(max_len):
+    model, x = built(POST), ids(2, 20)
+    state, said = model.init_state(2, max_len), []
+    with torch.no_grad():
+        for chunk in x[:, :13].split([7, 6], 1):
+            out = model(chunk, state)
+            state = out.state
+            said.append(out.logits)
+        for token in x[:, 13:].unbind(1):
+            logits, state = model.step(token, state)
+            said.append(logits.unsqueeze(1))
+        assert_close(torch.cat(said, 1), model(x).logits)
+
+
+def test_post_norm_written_plainly():
+    model, x = built(POST), ids(2, 9)
+    model.loss(Batch(x, x)).total.backward()
+    assert_gradients(model)
+    hidden = model.embed(x)
+    first = model.blocks[0]
+    hidden = hidden + first.mixer(first.mixer_norm(hidden))[0]
+    hidden = hidden + first.channel(first.channel_norm(hidden))[0]
+    for block in model.blocks[1:]:
+        hidden = block.mixer_norm(hidden + block.mixer(hidden)[0])
+        if block.channel is not None:
+            hidden = block.channel_norm(hidden + block.channel(hidden)[0])
+    assert_close(model(x).logits, hidden @ model.embed.weight.T)
+
+
+@pytest.mark.parametrize("case", golden_files.cases("dlr_transposedln"))
+def test_the_scalar_norm_is_the_authors(case):
+    golden = golden_files.load(case)
+    norm = ScalarNorm()
+    norm.load_state_dict({"scale": golden["param.s"], "shift": golden["param.m"]})
+    x = golden["in.x"].transpose(1, 2).requires_grad_()
+    y = norm(x)
+    (y * golden["in.cotangent"].transpose(1, 2)).sum().backward()
+    assert_close(y.transpose(1, 2), golden["out.y"], 1e-5)
+    assert_close(x.grad.transpose(1, 2), golden["grad.in.x"], 1e-4)
+    assert_close(norm.scale.grad, golden["grad.param.s"], 1e-4)
+    assert_close(norm.shift.grad, golden["grad.param.m"], 1e-4)
+
+
+def test_the_scalar_norm_of_equal_channels_is_finite():
+    norm, x = ScalarNorm(), torch.ones(2, 3, 4, requires_grad=True)
+    norm(x).sum().backward()
+    assert torch.isfinite(norm(x)).all()
+    assert torch.isfinite(x.grad).all()
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 # Loss
