@@ -130,11 +130,11 @@ class Readout(Part, nn.Module, folder="readouts"):
     """Vectors to what the task asks for. Built as `config.build(d_model, embed)`, so that it may tie weights."""
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits of hidden vectors (B, L, D)."""
+        """Logits of hidden vectors (B, L, D), or the numbers of a regression."""
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum, count) of the cross entropy in nats; the logits need not exist all at once."""
+        """(sum, count) of the cross entropy in nats, the logits of which need not exist all at once; or of squared errors."""
         raise NotImplementedError
 
 
@@ -259,7 +259,7 @@ class ModelState(State):
 
 @dataclass(frozen=True)
 class Output:
-    """logits: what the readout says, (B, L, V) or (B, classes). state: after the last token, None if none was given."""
+    """logits: what the readout says, (B, L, V), (B, classes) or (B, L, C). state: after the last token, if one was given."""
 
     logits: Tensor
     state: ModelState | None = None
@@ -268,7 +268,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: cross entropy a target plus extra losses, a scalar to differentiate. parts: (sum, count) by name, detached."""
+    """total: the loss a target plus extra losses, a scalar to differentiate. parts: (sum, count) by name, detached."""
 
     total: Tensor
     parts: Mapping[str, tuple[Tensor, Tensor]]
@@ -308,7 +308,7 @@ class Model(nn.Module):
         return Output(self.readout(hidden, lengths), state, aux)
 
     def loss(self, batch: Batch, state: ModelState | None = None) -> Loss:
-        """Mean cross entropy over the batch's targets, without ever holding all logits of a large vocabulary."""
+        """The readout's mean loss over the batch's targets, without ever holding all logits of a large vocabulary."""
         hidden, state, aux, lengths = self._hidden(batch.inputs, state, batch.lengths)
         nats, count = self.readout.loss(hidden, Batch(batch.inputs, batch.targets, lengths))
         extra = sum((value for name, value in aux.items() if name.startswith("loss/")), torch.zeros_like(nats))

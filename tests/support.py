@@ -30,11 +30,12 @@ def every(slot: type[Part]) -> pytest.MarkDecorator:
 def _configs(slot: type[Part]) -> Iterator[Any]:
     for name in names(slot.folder):
         yield pytest.param(find(slot, name).Config(), id=name)
-        for number, config in enumerate(_variants(slot.folder, name), start=1):
+        for number, config in enumerate(variants(slot.folder, name), start=1):
             yield pytest.param(config, id=f"{name}-{number}")
 
 
-def _variants(folder: str, name: str) -> tuple[Part.Config, ...]:
+def variants(folder: str, name: str) -> tuple[Part.Config, ...]:
+    """The VARIANTS of a part's own test file: configs that contract tests run beside the default one."""
     if not (Path(__file__).parent / folder / f"test_{name}.py").exists():
         return ()
     return getattr(importlib.import_module(f"tests.{folder}.test_{name}"), "VARIANTS", ())
