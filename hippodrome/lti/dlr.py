@@ -24,7 +24,7 @@ from hippodrome.part import BadInput, OptimRule
 Readout = Literal["real", "imag", "sum", "product"]
 
 MANY = 256
-"""Modes from which on one kernel for the whole batch costs less than the modes of every row."""
+"""With more modes one kernel for the whole batch costs less than the modes of every row, and all channels share its table."""
 _ROTATION = {"real": 1, "imag": -1j, "sum": 1 - 1j}
 """What W is multiplied by, so that the real part is the read-out."""
 
@@ -107,7 +107,7 @@ class DLR(Diagonal):
         post_gate: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, DiagonalState | None]:
-        if state is None and (self.readout == "product" or len(self.omega) >= MANY):
+        if state is None and (self.readout == "product" or len(self.omega) > MANY):
             return LTI.convolve(self, u, pre_gate=pre_gate, post_gate=post_gate)
         return super().convolve(u, state, pre_gate=pre_gate, post_gate=post_gate, lengths=lengths)
 

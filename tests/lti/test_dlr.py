@@ -16,7 +16,7 @@ VARIANTS = (
     DLR.Config(d_state=9, readout="sum", init="random", skip=False),
     DLR.Config(d_state=6, readout="imag", real_weights=True),
     DLR.Config(d_state=6, eigenvalues="real"),
-    DLR.Config(d_state=MANY),
+    DLR.Config(d_state=MANY + 1),
 )
 
 KERNELS = cases("dlr_kernel")
@@ -198,7 +198,7 @@ def test_bad_settings_are_one_clear_line(settings, word):
 def test_many_modes_take_one_kernel_for_all_rows(readout):
     """As the op has it that few modes take, in values and gradients."""
     torch.manual_seed(0)
-    system = DLR.Config(d_state=MANY, readout=readout).build(3)
+    system = DLR.Config(d_state=MANY + 1, readout=readout).build(3)
     u, cotangent = torch.randn(2, 3, 100, requires_grad=True), torch.randn(2, 3, 100)
     found = []
     for convolve in (system.convolve, lambda u: Diagonal.convolve(system, u)):

@@ -9,20 +9,24 @@ from hippodrome.compare import count_parameters
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Chunk
 from hippodrome.recipes import find_recipe, recipes
+from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes._synthetic import Language
 from hippodrome.run import RunConfig, TrainConfig
 
 LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
+ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
 
 
 def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
     wanted |= {"linear_transformer"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
+    systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "s4", "s4d", "transformer")
+    wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
-    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) == set(recipes())
+    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(ATOMIC) == set(recipes())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -42,7 +46,7 @@ def test_every_flag_has_a_default_and_help(name):
     for parameter in inspect.signature(recipe).parameters.values():
         assert parameter.kind == parameter.KEYWORD_ONLY
         assert parameter.default is not parameter.empty
-        assert parameter.name in ("text", "train", "language") or f"{parameter.name}: " in doc
+        assert parameter.name in ("text", "train", "language", "exercise") or f"{parameter.name}: " in doc
     assert recipes()[name] == doc.partition("\n")[0]
 
 
@@ -117,6 +121,36 @@ def test_the_synthetic_h3_has_the_papers_size():
 def test_only_the_transformer_has_positions_in_the_synthetic_race():
     positions = {name: find_recipe(name)().model.embed.positions for name in SYNTHETIC}
     assert positions == {**dict.fromkeys(SYNTHETIC, 0), "transformer.synthetic": 32}
+
+
+@pytest.mark.parametrize("name", ATOMIC)
+def test_an_atomic_recipe_is_one_post_norm_layer_that_fits_its_task(name):
+    for task, length in (("shift", 512), ("mips", 64), ("select", 100), ("reverse", 64)):
+        config = find_recipe(name)(exercise=Exercise(task=task, length=length, seed=3))
+        model, train = config.model, config.train
+        (block,) = model.blocks
+        assert (model.d_model, block.norm, block.order, block.channel) == (128, "scalar", "post", None)
+        assert (model.embed.channels, model.readout.outputs) == (config.task.channels, config.task.outputs)
+        assert (train.schedule, train.warmup, train.weight_decay, train.clip, train.seed) == ("constant", 0.0, 0.0, None, 3)
+        assert train.steps * train.batch_size == 12 * 57_600
+        assert config.task.seed == 0
+
+
+def test_the_atomic_dlr_is_the_papers():
+    config = find_recipe("dlr.atomic")(exercise=Exercise(length=4096))
+    system = config.model.blocks[0].mixer.system
+    assert (system.d_state, system.dt_min, system.dt_max, config.train.lr) == (4096, 1e-5, 1e-5, 1e-4)
+    assert not config.model.blocks[0].mixer.glu
+    assert (config.train.batch_size, config.train.steps) == (16, 43_200)
+    long = find_recipe("dlr.atomic")(exercise=Exercise(length=2**14, d_model=32, lr=1e-5))
+    assert (long.train.batch_size, long.train.lr, long.model.d_model) == (4, 1e-5, 32)
+
+
+def test_atomic_systems_have_the_papers_learning_rates():
+    rates = {name: find_recipe(name)().train.lr for name in ATOMIC}
+    assert rates["dlr.atomic"] == 1e-4
+    assert rates["dss.atomic"] == rates["transformer.atomic"] == 1e-3
+    assert find_recipe("transformer.atomic")(exercise=Exercise(task="mips")).train.lr == 1e-4
 
 
 def test_unknown_names_get_the_nearest():
