@@ -136,6 +136,17 @@ def test_an_atomic_recipe_is_one_post_norm_layer_that_fits_its_task(name):
         assert config.task.seed == 0
 
 
+@pytest.mark.parametrize("name", ATOMIC)
+def test_an_atomic_recipe_learns_from_a_batch(name):
+    config = find_recipe(name)(exercise=Exercise(task="context_shift", length=16, d_model=8))
+    torch.manual_seed(0)
+    model, batch = config.model.build(), config.task.build().batch("train", 0, 2)
+    loss = model.loss(batch).total
+    loss.backward()
+    assert 0 < float(loss.detach()) < 10
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_the_atomic_dlr_is_the_papers():
     config = find_recipe("dlr.atomic")(exercise=Exercise(length=4096))
     system = config.model.blocks[0].mixer.system
