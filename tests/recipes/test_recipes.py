@@ -16,6 +16,7 @@ from hippodrome.run import RunConfig, TrainConfig
 
 LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
+SIGNALS = [name for name in recipes() if "body" in inspect.signature(find_recipe(name)).parameters]
 ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
 
 
@@ -23,10 +24,11 @@ def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
     wanted |= {"linear_transformer"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
+    wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "s4", "s4d", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
-    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(ATOMIC) == set(recipes())
+    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(ATOMIC) | set(SIGNALS) == set(recipes())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -46,7 +48,7 @@ def test_every_flag_has_a_default_and_help(name):
     for parameter in inspect.signature(recipe).parameters.values():
         assert parameter.kind == parameter.KEYWORD_ONLY
         assert parameter.default is not parameter.empty
-        assert parameter.name in ("text", "train", "language", "exercise") or f"{parameter.name}: " in doc
+        assert parameter.name in ("text", "train", "language", "exercise", "body") or f"{parameter.name}: " in doc
     assert recipes()[name] == doc.partition("\n")[0]
 
 
