@@ -15,7 +15,8 @@ from torch import Tensor
 from hippodrome.task import Batch, Task
 
 LEAST_VARIANCE = 1e-5
-_FLOOR_BATCH = 32
+_FLOOR_BATCH = 4
+"""Rows at a time: those of a million tokens are large."""
 _FLOOR_NUMBERS = 1 << 21
 """Targets that a floor is estimated from."""
 

@@ -13,6 +13,7 @@ from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes._synthetic import Language
 from hippodrome.run import RunConfig, TrainConfig
+from hippodrome.train import train
 
 LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
@@ -147,6 +148,17 @@ def test_an_atomic_recipe_learns_from_a_batch(name):
     loss.backward()
     assert 0 < float(loss.detach()) < 10
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["shift", "select"])
+def test_an_atomic_task_trains_as_one_cuda_graph(tmp_path, task):
+    reports, sizes = [], {"length": 64, "d_model": 16, "steps": 6, "batch_size": 4, "test_rows": 8}
+    for graph in (False, True):
+        exercise = Exercise(task=task, device="cuda", cuda_graph=graph, **sizes)
+        reports.append(train(find_recipe("dlr.atomic")(d_state=300, exercise=exercise), tmp_path / f"{graph}"))
+    eager, graphed = (report["scores"]["test"] for report in reports)
+    assert graphed == pytest.approx(eager, rel=1e-3, abs=1e-4)
 
 
 def test_the_atomic_dlr_is_the_papers():
