@@ -1,8 +1,8 @@
 """The whole model in one file: slots, block, model.
 
-A model is an embedding, a stack of residual blocks (a mixer moves information along the sequence, a channel mixer within a
-position), a final norm and a readout. One call does training, chunked prefill and decoding:
-`model(inputs)` forgets, `model(inputs, state)` continues from `state` and returns the next one.
+A model is an embedding, a stack of residual blocks (a mixer moves information along the sequence, a channel mixer within
+a position), a final norm where the blocks norm what they read, and a readout. One call does training, chunked prefill and
+decoding: `model(inputs)` forgets, `model(inputs, state)` continues from `state` and returns the next one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,14 @@ class Mixer(Part, nn.Module, Generic[S], folder="mixers"):
         """One token (B, D) -> (B, D). Equal to `forward` on a sequence of one; override it for speed only."""
         y, after = self(x.unsqueeze(1), state)
         return y.squeeze(1), after
+
+    def claim(self, norm: nn.Module, dropout: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """What is left to the block of the norm before the mixer and the dropout behind it: as a rule both.
+
+        A mixer that weighs its output against the residual stream reads that stream itself: it keeps the two, applies them
+        within, and leaves identities.
+        """
+        return norm, dropout
 
     def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[S]:
         """`step` for many tokens under weights that do not change. `state_dtype`: how a state that is rewritten every step
@@ -138,15 +147,16 @@ class Readout(Part, nn.Module, folder="readouts"):
         raise NotImplementedError
 
 
-Norm = Literal["layer", "rms", "scalar"]
+Norm = Literal["layer", "rms", "scale", "scalar", "batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One residual block: x + mixer(norm(x)), then x + channel(norm(x)).
 
-    order "post": norm(x + mixer(x)), then norm(x + channel(x)); a model whose last block is one has no final norm.
-    norm "scalar" is DLR's, see `ScalarNorm`.
+    order "post": norm(x + mixer(x)), then norm(x + channel(x)); a model whose last block is one has no final norm. norm
+    "scale": RMSNorm with one number for all channels. "batch": statistics of a channel over all positions of the batch, padding
+    included, and of all GPUs'; those of training are what is used outside of it. "scalar": DLR's, see `_ScalarNorm`.
     """
 
     mixer: Mixer.Config
@@ -173,8 +183,19 @@ class ModelConfig:
         return Model(self)
 
 
-class ScalarNorm(nn.Module):
-    """y = scale (x - mean + shift) / std over the last axis, scale and shift one number each (the norm of DLR's models).
+class _ScaleNorm(nn.Module):
+    """x / rms(x) times one learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], None, 1e-5) * self.weight
+
+
+class _ScalarNorm(nn.Module):
+    """y = scale (x - mean + shift) / std over the last axis, scale and shift one number each.
 
     The statistics are fp32. Equal channels have no spread to divide by: the variance is kept above 1e-12.
     """
@@ -189,38 +210,52 @@ class ScalarNorm(nn.Module):
         return (self.scale * (wide - mean + self.shift) * (variance + 1e-12).rsqrt()).to(x.dtype)
 
 
+class _BatchNorm(Fp32Parameters, nn.SyncBatchNorm):
+    """Batch norm of (..., D). In one process it is torch's BatchNorm1d."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
 def _norm(kind: Norm, d_model: int) -> nn.Module:
     if kind == "layer":
         return nn.LayerNorm(d_model)
-    return nn.RMSNorm(d_model, eps=1e-6) if kind == "rms" else ScalarNorm()
+    if kind == "rms":
+        return nn.RMSNorm(d_model, eps=1e-6)
+    if kind == "batch":
+        return _BatchNorm(d_model)
+    return _ScaleNorm() if kind == "scale" else _ScalarNorm()
 
 
 def _added(x: Tensor, delta: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + delta (B, D) and its norm, where there is an op in one go; delta None: nothing is added."""
+    """x + delta (B, D) and its norm, in one go where there is an op for it; delta None: nothing is added."""
     if delta is None:
         return x, norm(x)
     if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        return x + delta, norm(x + delta)
+        return (x := x + delta), norm(x)
     assert norm.eps is not None
     bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
     return add_norm(x, delta, norm.weight, bias, norm.eps, centred=isinstance(norm, nn.LayerNorm))
 
 
 class Block(nn.Module):
-    """A residual unit: mixer, then channel mixer, each with a norm before it, or after the sum."""
+    """A residual unit: mixer, then channel mixer, with norms before them or behind the sums."""
 
     def __init__(self, config: BlockConfig, d_model: int) -> None:
         super().__init__()
         self.post = config.order == "post"
-        self.mixer_norm = _norm(config.norm, d_model)
-        self.mixer: Mixer[Any] = config.mixer.build(d_model)
+        mixer: Mixer[Any] = config.mixer.build(d_model)
+        norm, dropout = _norm(config.norm, d_model), nn.Dropout(config.dropout)
+        left, self.mixer_dropout = mixer.claim(nn.Identity() if self.post else norm, dropout)
+        self.mixer_norm = norm if self.post else left
+        self.mixer = mixer
         self.channel_norm = _norm(config.norm, d_model) if config.channel else None
         self.channel: ChannelMixer | None = config.channel.build(d_model) if config.channel else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State | None, Aux]:
         mixed, after = self.mixer(x if self.post else self.mixer_norm(x), state, lengths=lengths)
-        x, aux = self._mix_channels(self._sum(x, self.dropout(mixed), self.mixer_norm))
+        x, aux = self._mix_channels(self._sum(x, self.mixer_dropout(mixed), self.mixer_norm))
         return x, after, aux
 
     def step(
@@ -230,10 +265,10 @@ class Block(nn.Module):
         if self.post:
             x = x if delta is None else x + delta
             mixed, after = stepper.step(x, state, position)
-            return self._mix_channels(self._sum(x, self.dropout(mixed), self.mixer_norm))[0], None, after
+            return self._mix_channels(self._sum(x, self.mixer_dropout(mixed), self.mixer_norm))[0], None, after
         x, normed = _added(x, delta, self.mixer_norm)
         mixed, after = stepper.step(normed, state, position)
-        delta = self.dropout(mixed)
+        delta = self.mixer_dropout(mixed)
         if self.channel is not None and self.channel_norm is not None:
             x, normed = _added(x, delta, self.channel_norm)
             delta = self.dropout(self.channel(normed)[0])

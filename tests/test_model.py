@@ -17,7 +17,7 @@ from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig, ScalarNorm
+from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm
@@ -39,13 +39,6 @@ HYBRID = ModelConfig(
     embed=Tokens.Config(vocab_size=VOCAB, positions=32),
     readout=Lm.Config(),
     init_std=0.2,
-)
-POST = dataclasses.replace(
-    HYBRID,
-    blocks=tuple(
-        dataclasses.replace(block, order="post" if layer else "pre", norm=norm)
-        for layer, (block, norm) in enumerate(zip(HYBRID.blocks, ("layer", "layer", "rms", "scalar"), strict=True))
-    ),
 )
 CLASSIFIER = dataclasses.replace(HYBRID, embed=Signal.Config(channels=2), readout=Pool.Config(classes=3))
 
@@ -139,43 +132,62 @@ def test_a_classifier_of_signals_honours_padding():
     assert_close(model.loss(batch).total, F.cross_entropy(logits, batch.targets))
 
 
-# Norms after the sum
+# Norms
 
 
-@pytest.mark.parametrize("max_len", [None, 20])
-def test_post_norm_is_one_function_in_chunks_and_steps(max_len):
-    model, x = built(POST), ids(2, 20)
-    state, said = model.init_state(2, max_len), []
+def stack(norm, order, **settings):
+    """Two blocks whose norms have weights of their own, and statistics where they keep any."""
+    block = BlockConfig(mixer=H3.Config(d_state=8), channel=Mlp.Config(), norm=norm, order=order, **settings)
+    model = built(dataclasses.replace(HYBRID, blocks=(block, block)))
     with torch.no_grad():
-        for chunk in x[:, :13].split([7, 6], 1):
-            out = model(chunk, state)
-            state = out.state
-            said.append(out.logits)
-        for token in x[:, 13:].unbind(1):
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
+NORMS = {
+    "layer": lambda x, m: F.layer_norm(x, x.shape[-1:], m.weight, m.bias),
+    "rms": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * m.weight,
+    "scale": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight[0],
+    "scalar": lambda x, m: m.scale * (x - x.mean(-1, keepdim=True) + m.shift) / x.std(-1, correction=0, keepdim=True),
+    "batch": lambda x, m: (x - m.running_mean) / (m.running_var + 1e-5).sqrt() * m.weight + m.bias,
+}
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_stand_before_the_maps_or_behind_the_sums(norm, order):
+    model, by = stack(norm, order), NORMS[norm]
+    x = expected = model.embed(ids(2, 9))
+    for block in model.blocks:
+        for part, scale in ((block.mixer, block.mixer_norm), (block.channel, block.channel_norm)):
+            total = expected + part(by(expected, scale) if order == "pre" else expected)[0]
+            expected = total if order == "pre" else by(total, scale)
+        x = block(x, None, None)[0]
+    assert_close(x, expected)
+    if order == "pre":
+        expected = by(expected, model.final_norm)
+    assert_close(model(ids(2, 9)).logits, model.readout(expected))
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_whole_is_chunks_and_steps_under_every_norm(norm, order):
+    model, x = stack(norm, order), ids(2, 12)
+    with torch.no_grad():
+        first = model(x[:, :5], model.init_state(2))
+        state, said = first.state, [first.logits]
+        for token in x[:, 5:].unbind(1):
             logits, state = model.step(token, state)
-            said.append(logits.unsqueeze(1))
+            said.append(logits[:, None])
         assert_close(torch.cat(said, 1), model(x).logits)
-
-
-def test_post_norm_written_plainly():
-    model, x = built(POST), ids(2, 9)
-    model.loss(Batch(x, x)).total.backward()
-    assert_gradients(model)
-    hidden = model.embed(x)
-    first = model.blocks[0]
-    hidden = hidden + first.mixer(first.mixer_norm(hidden))[0]
-    hidden = hidden + first.channel(first.channel_norm(hidden))[0]
-    for block in model.blocks[1:]:
-        hidden = block.mixer_norm(hidden + block.mixer(hidden)[0])
-        if block.channel is not None:
-            hidden = block.channel_norm(hidden + block.channel(hidden)[0])
-    assert_close(model(x).logits, hidden @ model.embed.weight.T)
 
 
 @pytest.mark.parametrize("case", golden_files.cases("dlr_transposedln"))
 def test_the_scalar_norm_is_the_authors(case):
     golden = golden_files.load(case)
-    norm = ScalarNorm()
+    norm = stack("scalar", "post").blocks[0].mixer_norm
     norm.load_state_dict({"scale": golden["param.s"], "shift": golden["param.m"]})
     x = golden["in.x"].transpose(1, 2).requires_grad_()
     y = norm(x)
@@ -187,11 +199,32 @@ def test_the_scalar_norm_is_the_authors(case):
 
 
 def test_the_scalar_norm_of_equal_channels_is_finite():
-    norm, x = ScalarNorm(), torch.ones(2, 3, 4, requires_grad=True)
+    norm, x = stack("scalar", "post").blocks[0].mixer_norm, torch.ones(2, 3, 4, requires_grad=True)
     norm(x).sum().backward()
     assert torch.isfinite(norm(x)).all()
     assert torch.isfinite(x.grad).all()
     assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_batch_norm_in_training_takes_all_positions_and_remembers_them():
+    norm = stack("batch", "pre").train().blocks[0].mixer_norm
+    x = 3 + 2 * torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(0))
+    before, rows = norm.running_mean.clone(), x.reshape(28, 16)
+    expected = (x - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+    assert_close(norm(x), expected)
+    assert_close(norm.running_mean, 0.9 * before + 0.1 * rows.mean(0))
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert norm.running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_dropout_falls_on_what_a_block_adds(order):
+    """Of everything dropped, the input and its norms are left."""
+    model = stack("scale", order, dropout=1.0).train()
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    block = model.blocks[0]
+    expected = x if order == "pre" else block.channel_norm(block.mixer_norm(x))
+    assert_close(block(x, None, None)[0], expected)
 
 
 # Loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +12,13 @@ from torch import Tensor, nn
 
 from hippodrome.model import Aux, ChannelMixer
 from hippodrome.part import BadInput
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class Mlp(ChannelMixer):
@@ -21,7 +30,9 @@ class Mlp(ChannelMixer):
     class Config(ChannelMixer.Config):
         d_ff: int | None = None
         """Inner width; None: four times d_model."""
-        activation: Literal["gelu_tanh", "gelu", "relu"] = "gelu_tanh"
+        activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+        dropout: float = 0.0
+        """Share of the inner channels dropped in training."""
 
         def width(self, d_model: int) -> int:
             """The inner width at this d_model."""
@@ -32,14 +43,12 @@ class Mlp(ChannelMixer):
         d_ff = config.width(d_model)
         if d_ff < 1:
             raise BadInput(f"d_ff is {d_ff}: it must be at least 1")
-        self.activation = config.activation
+        if not 0 <= config.dropout <= 1:
+            raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and at most 1")
+        self.activation = _ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
         self.fc1 = nn.Linear(d_model, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
-        inner = self.fc1(x)
-        if self.activation == "relu":
-            inner = F.relu(inner)
-        else:
-            inner = F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.fc2(inner), {}
+        return self.fc2(self.dropout(self.activation(self.fc1(x)))), {}

@@ -60,6 +60,22 @@ class AttentionState(State):
         more = (0, 0, 0, size - self.k.shape[2])
         return dataclasses.replace(self, k=F.pad(self.k, more), v=F.pad(self.v, more))
 
+    def with_room(self, length: int, lengths: Tensor | None) -> tuple[Self, int | None]:
+        """The state with slots for a chunk, and the tokens of its longest row then; None where the host does not know.
+
+        A single token on a GPU is not worth waiting for, and a compiled graph is not broken for it: a growing state grows by
+        `length` then, and whether a fixed one has room is the caller's care.
+        """
+        size, newest = self.k.shape[2], None
+        if not torch.compiler.is_compiling() and (length > 1 or self.position.device.type == "cpu"):
+            newest = int((self.position + (length if lengths is None else lengths)).max())
+        if not self.fixed:
+            wanted = size + length if newest is None else max(size, newest)
+            return self.padded(wanted if self.reach is None else min(wanted, self.reach)), newest
+        if newest is not None and not self.wraps:
+            _check_room(newest, size)
+        return self, newest
+
     def written(self, k: Tensor, v: Tensor, counts: Tensor | None) -> Self:
         """The state after the new keys and values (B, G, L, K), of which the first `counts` (B,) are real; None: all."""
         after = dataclasses.replace(self, position=self.position + (k.shape[2] if counts is None else counts))
@@ -175,7 +191,7 @@ class Attention(Mixer[AttentionState]):
         """What the queries at `position` (B, L) take from the past and the chunk, and the state after the chunk."""
         length = k.shape[2]
         state = dataclasses.replace(state, k=state.k.to(k.dtype), v=state.v.to(v.dtype))
-        state, newest = self._with_room(state, length, lengths)
+        state, newest = state.with_room(length, lengths)
         if newest is not None and length > 1 and not int(state.position.max()):
             return self._attend(q, k, v), state.written(k, v, lengths)
         if length > 1 and state.reach is not None:
@@ -191,22 +207,6 @@ class Attention(Mixer[AttentionState]):
         after = state.written(k, v, lengths)
         keys, values, at = after.k[:, :, :newest], after.v[:, :, :newest], after.key_position[:, :newest]
         return self._attend(q, keys, values, q_position=position, k_position=at), after
-
-    def _with_room(self, state: AttentionState, length: int, lengths: Tensor | None) -> tuple[AttentionState, int | None]:
-        """The state with slots for the chunk, and the tokens of its longest row then; None where the host does not know.
-
-        A single token on a GPU is not worth waiting for, and a compiled graph is not broken for it: a growing state grows by
-        `length` then, and whether a fixed one has room is the caller's care.
-        """
-        size, newest = state.k.shape[2], None
-        if not torch.compiler.is_compiling() and (length > 1 or state.position.device.type == "cpu"):
-            newest = int((state.position + (length if lengths is None else lengths)).max())
-        if not state.fixed:
-            wanted = size + length if newest is None else max(size, newest)
-            return state.padded(wanted if state.reach is None else min(wanted, state.reach)), newest
-        if newest is not None and not state.wraps:
-            _check_room(newest, size)
-        return state, newest
 
 
 @dataclass(frozen=True)

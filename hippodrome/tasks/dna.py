@@ -23,17 +23,17 @@ from torch import Tensor
 from hippodrome.documents import FASTA, fasta_records, files_of
 from hippodrome.part import BadInput
 from hippodrome.task import Split
-from hippodrome.tasks._labelled import _Labelled, check_classes, hold_out, labelled_folders
+from hippodrome.tasks._classified import _Classified, check_classes, hold_out, labelled_folders
 
 SYMBOLS = 128
 """Ids: those of ASCII. 0 is padding."""
 
 
-class Dna(_Labelled):
+class Dna(_Classified):
     """Inputs (B, length) int64, labels (B,), lengths where some are shorter."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(_Labelled.Config):
+    class Config(_Classified.Config):
         """`data`: a folder, or with labels in the headers a file as well."""
 
         data: str = "genomes"

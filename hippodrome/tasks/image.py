@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hippodrome.part import BadInput
 from hippodrome.task import Split
-from hippodrome.tasks._labelled import _Labelled, check_classes
+from hippodrome.tasks._classified import _Classified, check_classes
 
 Pictures = tuple[np.ndarray, np.ndarray]
 """Pixels (N, height, width, channels) uint8, labels (N,) uint8."""
@@ -32,11 +32,11 @@ LUMA = np.array([0.299, 0.587, 0.114])
 """Red, green and blue to grey (ITU-R BT.601)."""
 
 
-class Image(_Labelled):
+class Image(_Classified):
     """Inputs (B, pixels, channels) float32, labels (B,)."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(_Labelled.Config):
+    class Config(_Classified.Config):
         """`data`: the folder."""
 
         data: str = "fashion-mnist"

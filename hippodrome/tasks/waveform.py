@@ -17,17 +17,17 @@ from torch import Tensor
 
 from hippodrome.part import BadInput
 from hippodrome.task import Split
-from hippodrome.tasks._labelled import _Labelled, hold_out, labelled_folders
+from hippodrome.tasks._classified import _Classified, hold_out, labelled_folders
 
 LISTS: dict[Split, str] = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 """Files that name the recordings of a split, a line each, as class/file."""
 
 
-class Waveform(_Labelled):
+class Waveform(_Classified):
     """Inputs (B, length, 1) float32, labels (B,), lengths where some are shorter. Files are read as they are needed."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(_Labelled.Config):
+    class Config(_Classified.Config):
         """`data`: the folder; its sub-folders are the classes, those that begin with _ or . are none."""
 
         data: str = "recordings"

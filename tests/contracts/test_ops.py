@@ -128,7 +128,7 @@ def linear_attention_case(length, dtype, seed=0):
 
 
 def scan_case(length, dtype, seed=0):
-    """Complex coefficients of every token, one for all tokens, and real ones; time in the middle or last in memory."""
+    """Both ways: complex coefficients of every token, one for all tokens, real ones; time in the middle or last in memory."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
     pair = lambda *shape: torch.complex(draw(g, wide, *shape), draw(g, wide, *shape))  # noqa: E731
@@ -136,7 +136,8 @@ def scan_case(length, dtype, seed=0):
     inputs |= {"same": pair(5) / 2, "real_a": draw(g, dtype, 2, length, 5).sigmoid(), "real_b": draw(g, dtype, 2, length, 5)}
 
     def call(a, b, state, same, real_a, real_b):
-        return scan(a, b, state), scan(same, b), scan(real_a, real_b)
+        backwards = scan(a, b, state, reverse=True), scan(same, b, reverse=True)
+        return scan(a, b, state), scan(same, b), scan(real_a, real_b), *backwards
 
     return call, inputs
 

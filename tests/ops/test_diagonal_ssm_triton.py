@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hippodrome.ops._flops import register_flops
-from hippodrome.ops.diagonal_ssm import diagonal_ssm
+from hippodrome.ops.diagonal_ssm import _backward, _tiling, diagonal_ssm
 from hippodrome.ops.diagonal_ssm import triton as backend
 from hippodrome.ops.h3 import h3
 from tests.support import assert_close, interpreted
@@ -27,7 +27,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def on_cpu(monkeypatch, poisoned):
     """The leaves take CPU tensors too."""
-    for leaf in (backend._fused, backend._fused_backward):
+    for leaf in (backend._fused, _backward.fused_backward):
         leaf.register_kernel("cpu")(leaf._init_fn)
     for module in (backend.__name__, "hippodrome.ops.h3.triton"):
         monkeypatch.setattr(f"{module}.refusal", lambda *_: None)
@@ -138,8 +138,8 @@ def test_values_and_gradients_in_the_interpreter(on_cpu, name):
 @interpreted
 @pytest.mark.parametrize(("batch", "length", "without"), [(70, 65, ()), (3, 1300, ()), (1, 700, ("taps", "pre")), (3, 1, ())])
 def test_tiles_of_64_rows_and_pieces_of_one_chunk(on_cpu, monkeypatch, batch, length, without):
-    monkeypatch.setattr(backend, "SHORTEST", 1)
-    monkeypatch.setattr(backend, "tiling", lambda *_, **__: backend.Tiling(64, 64, 16, 4, 1))
+    monkeypatch.setattr(_tiling, "SHORTEST", 1)
+    monkeypatch.setattr(_tiling.Tiling, "of", lambda *_: _tiling.Tiling(64, 64, 16, 4, 1))
     given = rounded(case(batch, 1, length, 5, without=without, taps=64), torch.float32)
     first, second = assert_same(given), results(fused, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -206,11 +206,11 @@ def leaf_arguments(given, carry):
 def test_the_leaves_are_good_citizens_of_torch(on_cpu, without, carry):
     given = rounded(case(2, 1, 33, 2, without=without, taps=4), torch.float32)
     args = leaf_arguments(given, carry)
-    y, after = torch.ops.hippodrome.diagonal_fused(*args)
+    y, after, begin = torch.ops.hippodrome.diagonal_fused(*args)
     dcarry = torch.ones_like(after) if carry else None
     torch.library.opcheck(
         torch.ops.hippodrome.diagonal_fused_backward.default,
-        (torch.ones_like(y), dcarry, *args),
+        (torch.ones_like(y), dcarry, begin, *args),
         test_utils=("test_schema", "test_faketensor"),
     )
     asks = [t.requires_grad_() if torch.is_tensor(t) and t is not args[7] else t for t in args]
@@ -239,7 +239,7 @@ def test_flops_are_those_of_the_products(on_cpu, without):
     register_flops()
     batch, channels, length, modes = 2, 3, 70, 4
     given = rounded(case(batch, channels, length, modes, without=(*without, "state", "past")), torch.float32)
-    chunk, tokens = backend.tiling(modes, torch.float32).T, batch * channels * length
+    chunk, tokens = _tiling.Tiling.of(modes, torch.float32).T, batch * channels * length
     given["u"].requires_grad_()
     with FlopCounterMode(display=False) as counter:
         y, _ = backend.fused(**given)
@@ -251,28 +251,32 @@ def test_flops_are_those_of_the_products(on_cpu, without):
         assert backward == 2 * tokens * (2 * chunk + 10 * modes)
     else:
         assert forward == 2 * tokens * (3 * chunk + 4 * modes)
-        assert backward == 2 * tokens * (9 * chunk + 12 * modes)
+        assert backward == 2 * tokens * (11 * chunk + 12 * modes)
 
 
-@pytest.mark.parametrize("dtype", backend.PRODUCTS)
+@pytest.mark.parametrize("dtype", _tiling.PRODUCTS)
 @pytest.mark.parametrize("modes", [1, 16, 33, 64, 65, 256])
 def test_pieces_are_whole_chunks_that_cover_the_tokens(dtype, modes):
-    for back in (False, True):
-        plan = backend.tiling(modes, dtype, backward=back)
-        assert modes <= plan.N
-        for batch in (1, 3, 64, 1000):
-            for length in (1, 63, 64, 65, 8193, 1 << 20):
-                groups, span = plan.pieces(batch, 3, length)
-                assert span % plan.T == 0
-                assert groups * span >= length > (groups - 1) * span
+    plan = _tiling.Tiling.of(min(modes, _tiling.SLICE), dtype)
+    assert min(modes, _tiling.SLICE) <= plan.N
+    for batch in (1, 3, 64, 1000):
+        for length in (1, 63, 64, 65, 8193, 1 << 20):
+            groups, span = plan.pieces(batch, 3, length)
+            assert span % plan.T == 0
+            assert groups * span >= length > (groups - 1) * span
 
 
-def test_forward_and_backward_have_the_same_pieces():
-    """The backward begins its pieces with states that a forward walk finds."""
-    for dtype in backend.PRODUCTS:
-        for modes in (1, 32, 33, 64, 65, 256):
-            ahead, back = (backend.tiling(modes, dtype, backward=way) for way in (False, True))
-            assert (ahead.R, ahead.T, ahead.N) == (back.R, back.T, back.N)
+@interpreted
+@pytest.mark.parametrize("without", [(), ("taps", "past"), ("post", "state")])
+@pytest.mark.parametrize("layout", ["HBL", "mixed"])
+def test_a_gate_for_several_sequences_is_that_of_each(on_cpu, without, layout):
+    given = rounded(case(6, 2, 300, 3, layout=layout, without=without), torch.float32)
+    shared = given | {"pre": given["pre"][:2].contiguous()}
+    each = given | {"pre": shared["pre"].repeat(3, 1, 1)}
+    found, exact = results(fused, shared), results(plain, double(each))
+    exact["pre"] = exact["pre"].unflatten(0, (3, 2)).sum(0)
+    for name, error in errors(found, exact).items():
+        assert error < 1e-5, (name, error)
 
 
 @interpreted

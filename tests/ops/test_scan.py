@@ -1,10 +1,12 @@
 """The scan op: against a loop over numbers, states through chunks, gradients, memory, and long memories in single precision."""
 
+import functools
+
 import pytest
 import torch
 
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.scan import scan
+from hippodrome.ops.scan import chunked, scan
 from hippodrome.part import BadInput
 from tests.support import assert_close
 
@@ -23,15 +25,16 @@ def draw(length, *, batch=2, width=3, dtype=torch.complex128, seed=0):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float64])
-def test_equals_a_loop_over_numbers(backend, dtype):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_equals_a_loop_over_numbers(backend, dtype, reverse):
     a, b, state = draw(11, dtype=dtype)
     with use_backend(backend):
-        x = scan(a, b, state)
+        x = scan(a, b, state, reverse=reverse)
     assert x.dtype == dtype
     for row in range(2):
         for n in range(3):
             z = state[row, n].item()
-            for t in range(11):
+            for t in range(10, -1, -1) if reverse else range(11):
                 z = a[row, t, n].item() * z + b[row, t, n].item()
                 assert abs(x[row, t, n].item() - z) < 1e-12
 
@@ -59,17 +62,29 @@ def test_a_state_passed_through_any_chunks_is_the_whole(cuts):
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize("shape", [(70, 3), (3,)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_right_to_left_is_the_mirror_image(backend, shape):
+    _, b, state = draw(70)
+    a = torch.rand(shape, dtype=torch.float64)
+    with use_backend(backend):
+        mirrored = scan(a.flip(0) if len(shape) > 1 else a, b.flip(1), state).flip(1)
+        torch.testing.assert_close(scan(a, b, state, reverse=True), mirrored)
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 70])
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float64])
-def test_gradients_against_finite_differences(length, dtype):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_against_finite_differences(length, dtype, reverse):
+    call = functools.partial(scan, reverse=reverse)
     with use_backend("chunked"):
-        assert torch.autograd.gradcheck(scan, draw(length, batch=1, dtype=dtype), fast_mode=True)
+        assert torch.autograd.gradcheck(call, draw(length, batch=1, dtype=dtype), fast_mode=True)
         if length == 5:
-            assert torch.autograd.gradgradcheck(scan, draw(length, batch=1, dtype=dtype), fast_mode=True)
+            assert torch.autograd.gradgradcheck(call, draw(length, batch=1, dtype=dtype), fast_mode=True)
 
 
 def test_the_leaf_is_a_good_citizen_of_torch():
-    torch.library.opcheck(torch.ops.hippodrome.scan_chunks.default, tuple(draw(70, dtype=torch.complex64)))
+    torch.library.opcheck(torch.ops.hippodrome.scan_chunks.default, (*draw(70, dtype=torch.complex64), True))
 
 
 def test_compiles_in_one_graph_with_a_dynamic_length():
@@ -109,6 +124,25 @@ def test_memory_is_linear_in_the_length():
 
     assert largest(4096) <= 1.1
     assert largest(16384) <= 1.1
+
+
+def test_a_system_that_does_not_change_has_no_coefficients_of_every_token():
+    """What is made on the way is hardly more than the states themselves."""
+    (_, b, state), held = draw(4096, dtype=torch.complex64), {}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage  # kept, so that no address comes twice
+            return out
+
+    a = torch.full((1, 1, 3), 0.9 + 0.1j, dtype=torch.complex64)
+    with torch.no_grad(), Watch():
+        chunked._chunks._init_fn(a, b.detach(), state.detach(), reverse=False)
+    made = sum(storage.nbytes() for storage in held.values()) - b.untyped_storage().nbytes()
+    assert made < 1.3 * b.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

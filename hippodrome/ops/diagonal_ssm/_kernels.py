@@ -7,20 +7,10 @@ state before a chunk and K the first T taps of the kernel, the skip in the first
 
     y = post * (w Toeplitz(K) + (weights z) . lambda^(t+1)),      z' = lambda^T z + sum_s lambda^(T-1-s) w_s
 
-The backward walks forward once, which leaves the states before the chunks in scratch, and back with the adjoint g:
-
-    dw = dy' Toeplitz(K)^T + g . conj(lambda^(T-1-s)),      g' = conj(lambda^T) g + conj(weights) sum_t conj(lambda^(t+1)) dy'_t
-
-Gradients of modes and weights are sums of elementwise products of states and adjoints, which stay in registers; those of the
-taps within a chunk are the diagonals of one T x T product. The backward of the FIR, which knows no order, is a kernel of its
-own. No atomics.
+The backward is in `_gradients.py`.
 
 In the products with tables the moving operand is in registers and the table in shared memory, which so is written once and
 needs no fence. The real and imaginary part of a mode lie eight columns apart: a thread has both at hand.
-
-Two bugs of compilers shape this. Triton before 3.7.1 can miscompile a product whose first operand is a transposed
-accumulator: here what is transposed was loaded. ptxas 12.8 spoiled a backward of one kernel, which needed more registers than
-there are.
 """
 
 from __future__ import annotations
@@ -174,13 +164,6 @@ def _stacked(re, im, R: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _paired(x, R: tl.constexpr, N: tl.constexpr):
-    """x (R, N) -> (R / 2, N): rows eight apart summed, which one thread has at hand."""
-    top, bottom = tl.split(tl.permute(tl.reshape(x, (R // 16, 2, 8, N)), (0, 2, 3, 1)))
-    return tl.reshape(top + bottom, (R // 2, N))
-
-
-@triton.jit
 def _decay(decay, n, N: tl.constexpr):
     """A power of lambda as high and low pairs, each (1, N)."""
     place = decay + n[None, :]
@@ -234,26 +217,29 @@ def _weights(weights, h, n, n_modes):
 
 @triton.jit
 def forward(
-    u, pre, post, past, y, first, taps, weights, tables, decay, state, carry, states,
-    rows, groups, span, length, n_modes, n_taps, n_past, done,
+    u, pre, post, past, y, first, taps, weights, tables, decay, state, carry,
+    rows, groups, span, length, n_modes, n_taps, n_past, n_pre, done,
     su_b, su_h, su_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t, sp_b, sp_h, sy_b, sy_h, sy_t,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     HAS_FIR: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_PAST: tl.constexpr,
-    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, TRACE: tl.constexpr, ALIKE: tl.constexpr,
-    COUNT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, OUTPUT: tl.constexpr, ALIKE: tl.constexpr, REPEAT: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUT: y. CARRY: the state of every row after its `span` tokens, or with OUTPUT of every sequence before its token
-    `done`, a multiple of T. TRACE: the state before every chunk, states (H, tiles, span / T, R, 2N) in the dtype of products,
-    and FIR(u) as y."""
+    """OUTPUT: y. CARRY: the state of every sequence before its token `done`, a multiple of T; without OUTPUT that of every row
+    after its `span` tokens, but for the last piece of a sequence, which nobody asks for."""
     h = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * R + tl.arange(0, R)
     ok = (row < rows)[:, None]
+    if not OUTPUT:
+        ok = ok & (row % groups != groups - 1)[:, None]
     b = (row // groups).to(tl.int64)
     start = (row % groups * span)[:, None]
     row_u, row_p = b * su_b, b * sp_b
     row_v, row_q, row_y = row_u, row_u, row_u
     if not ALIKE:
         row_v, row_q, row_y = b * sv_b, b * sq_b, b * sy_b
+    if REPEAT:
+        row_v = b % n_pre * sv_b
     u, pre, post, past, y = u + h * su_h, pre + h * sv_h, post + h * sq_h, past + h * sp_h, y + h * sy_h
     n, s = tl.arange(0, N), tl.arange(0, T)[None, :]
 
@@ -262,7 +248,7 @@ def forward(
     if HAS_FIR:
         near = _toeplitz(taps + h * n_taps, n_taps, 0, T).to(KIND)
         far = _toeplitz(taps + h * n_taps, n_taps, T, T).to(KIND)
-    tables += h * COUNT * 2 * N * T + tl.arange(0, 2 * N)[:, None] * T + s
+    tables += h * 4 * N * T + tl.arange(0, 2 * N)[:, None] * T + s
     into = tl.trans(tl.load(tables))
     on = tl.load(tables + 2 * N * T)
     kernel = _toeplitz(first + h * T, T, 0, T).to(KIND)
@@ -270,12 +256,10 @@ def forward(
     re, im, low_re, low_im = _decay(decay + h * 8 * N, n, N)
 
     place = 2 * ((row.to(tl.int64) * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
-    z_ok = ok & (n < n_modes)[None, :]
+    z_ok = (row < rows)[:, None] & (n < n_modes)[None, :]
     z_re, z_im = tl.zeros([R, N], tl.float32), tl.zeros([R, N], tl.float32)
     if HAS_STATE:
         z_re, z_im = _pairs(state, place, z_ok)
-    tile = h * tl.num_programs(1) + tl.program_id(1)
-    states += tile * (span // T) * 2 * N * R + tl.arange(0, R)[:, None] * 2 * N + tl.arange(0, 2 * N)[None, :]
     for c in range(0, span // T):
         if CARRY and OUTPUT:
             out = 2 * ((b * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
@@ -289,10 +273,6 @@ def forward(
             x = tl.dot(seen.to(KIND), far, x, input_precision=PRECISION)
         else:
             x = now.to(tl.float32)
-        if TRACE:
-            tl.store(states + c * 2 * N * R, _stacked(z_re, z_im, R, N).to(KIND))
-            if HAS_FIR:
-                tl.store(y + (row_y[:, None] + t * sy_t), x.to(y.dtype.element_ty), mask=here)
         if HAS_PRE:
             x *= _read(pre, row_v, t, sv_t, here).to(tl.float32)
         w = x.to(KIND)
@@ -307,43 +287,6 @@ def forward(
         z_re, z_im = _advance(re, im, low_re, low_im, z_re, z_im, e_re, e_im, KIND == tl.float32)  # noqa: SIM300
     if CARRY and not OUTPUT:
         _store_pairs(carry, place, z_re, z_im, z_ok)
-
-
-@triton.jit
-def adjoints(
-    dy, post, weights, tables, decay, dcarry, out, rows, groups, span, length, n_modes, done,
-    sd_b, sd_h, sd_t, sq_b, sq_h, sq_t,
-    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-    HAS_POST: tl.constexpr, HAS_CARRY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the outputs of every row, and with HAS_CARRY the state before token `done`, ask of the state before the row."""
-    h = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * R + tl.arange(0, R)
-    ok = (row < rows)[:, None]
-    b = (row // groups).to(tl.int64)
-    start = (row % groups * span)[:, None]
-    n, s = tl.arange(0, N), tl.arange(0, T)[None, :]
-    on = tl.trans(tl.load(tables + h * 8 * N * T + 2 * N * T + tl.arange(0, 2 * N)[:, None] * T + s))
-    w_re, w_im = _weights(weights, h, n, n_modes)
-    re, im, low_re, low_im = _decay(decay + h * 8 * N, n, N)
-    place = 2 * ((row.to(tl.int64) * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
-    whole = 2 * ((b * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
-    z_ok = ok & (n < n_modes)[None, :]
-    g_re, g_im = tl.zeros([R, N], tl.float32), tl.zeros([R, N], tl.float32)
-    for i in range(0, span // T):
-        token = span - T - i * T
-        t = start + token + s
-        here = ok & (t < length)
-        d = _read(dy + h * sd_h, b * sd_b, t, sd_t, here)
-        if HAS_POST:
-            d = d.to(tl.float32) * _read(post + h * sq_h, b * sq_b, t, sq_t, here).to(tl.float32)
-        o_re, o_im = _parts(tl.dot(d.to(KIND), on, input_precision=PRECISION), R, N)
-        o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
-        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)  # noqa: SIM300
-        if HAS_CARRY:
-            more_re, more_im = _pairs(dcarry, whole, z_ok & (start + token == done))
-            g_re, g_im = g_re + more_re, g_im + more_im
-    _store_pairs(out, place, g_re, g_im, z_ok)
 
 
 @triton.jit
@@ -371,209 +314,3 @@ def scan_groups(
         z_re, z_im = _advance(re, im, low_re, low_im, z_re, z_im, e_re, e_im, True)
     if HAS_END:
         _store_pairs(end, whole, z_re, z_im, ok)
-
-
-@triton.jit
-def _sum_diagonals(x, scratch, T: tl.constexpr):
-    """x (T, T), row s and column t -> (T,): the sums of x[s, t] over (t - s) mod T = 0 ... T-1, through scratch."""
-    s, t = tl.arange(0, T)[:, None], tl.arange(0, T)[None, :]
-    tl.debug_barrier()
-    tl.store(scratch + s * T + (t - s + T) % T, x)
-    tl.debug_barrier()
-    return tl.sum(tl.load(scratch + s * T + t), 0)
-
-
-@triton.jit
-def backward(
-    dy, x, pre, post, dx, dpre, dpost, first, weights, tables, decay, states, adjoint, dcarry, dstate, scratch, dfirst, dmodes,
-    rows, groups, span, length, n_modes, done,
-    sd_b, sd_h, sd_t, sx_b, sx_h, sx_t, sv_b, sv_h, sv_t, sq_b, sq_h, sq_t,
-    sdx_b, sdx_h, sdx_t, sdv_b, sdv_h, sdv_t, sdq_b, sdq_h, sdq_t,
-    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-    HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_ADJOINT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_DSTATE: tl.constexpr,
-    ALIKE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of x = FIR(u), pre, post and state, and one part of those of the parameters a program.
-
-    states as `forward` traced them; adjoint (rows, H, N, 2) after every row. scratch (H, tiles, T, T) fp32 is this program's
-    own. dfirst (H, tiles, T): the taps within a chunk. dmodes (H, tiles, 4, N): log_modes and weights but for what those taps
-    give them.
-    """
-    h = tl.program_id(0).to(tl.int64)
-    tile = h * tl.num_programs(1) + tl.program_id(1)
-    row = tl.program_id(1) * R + tl.arange(0, R)
-    ok = (row < rows)[:, None]
-    b = (row // groups).to(tl.int64)
-    start = (row % groups * span)[:, None]
-    n_chunks = span // T
-    row_x = b * sx_b
-    row_d, row_v, row_q, row_dx, row_dv, row_dq = row_x, row_x, row_x, row_x, row_x, row_x
-    if not ALIKE:
-        row_d, row_v, row_q, row_dx, row_dv, row_dq = b * sd_b, b * sv_b, b * sq_b, b * sdx_b, b * sdv_b, b * sdq_b
-    dy, x, pre, post = dy + h * sd_h, x + h * sx_h, pre + h * sv_h, post + h * sq_h
-    dx, dpre, dpost = dx + h * sdx_h, dpre + h * sdv_h, dpost + h * sdq_h
-    n, s = tl.arange(0, N), tl.arange(0, T)[None, :]
-    states += tile * n_chunks * 2 * N * R + tl.arange(0, R)[:, None] * 2 * N + tl.arange(0, 2 * N)[None, :]
-
-    kernel = _toeplitz(first + h * T, T, 0, T).to(KIND)
-    tables += h * 8 * N * T + tl.arange(0, 2 * N)[:, None] * T + s
-    into, on = tl.load(tables), tl.load(tables + 2 * N * T)
-    into_by, on_by = tl.trans(tl.load(tables + 4 * N * T)), tl.trans(tl.load(tables + 6 * N * T))
-    w_re, w_im = _weights(weights, h, n, n_modes)
-    re, im, low_re, low_im = _decay(decay + h * 8 * N, n, N)
-
-    place = 2 * ((row.to(tl.int64) * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
-    whole = 2 * ((b * tl.num_programs(0) + h)[:, None] * n_modes + n[None, :])
-    z_ok = ok & (n < n_modes)[None, :]
-    log_re, log_im = tl.zeros([R // 2, N], tl.float32), tl.zeros([R // 2, N], tl.float32)
-    dw_re, dw_im = tl.zeros([R // 2, N], tl.float32), tl.zeros([R // 2, N], tl.float32)
-    d_kernel = tl.zeros([T, T], tl.float32)
-    g_re, g_im = tl.zeros([R, N], tl.float32), tl.zeros([R, N], tl.float32)
-    if HAS_ADJOINT:
-        g_re, g_im = _pairs(adjoint, place, z_ok)
-    for i in range(0, n_chunks):
-        c = n_chunks - 1 - i
-        t = start + c * T + s
-        here = ok & (t < length)
-        u = _read(x, row_x, t, sx_t, here)
-        if HAS_PRE:
-            v = _read(pre, row_v, t, sv_t, here)
-            w = (u.to(tl.float32) * v.to(tl.float32)).to(KIND)
-        else:
-            w = u.to(KIND)
-        s_re, s_im = _parts(tl.load(states + c * 2 * N * R).to(tl.float32), R, N)
-        d = _read(dy, row_d, t, sd_t, here)
-        if HAS_POST:
-            p_re, p_im = _times(w_re, w_im, s_re, s_im)
-            out = tl.dot(w, kernel, input_precision=PRECISION)
-            out = tl.dot(_stacked(p_re, p_im, R, N).to(KIND), on, out, input_precision=PRECISION)
-            out *= d.to(tl.float32)
-            tl.store(dpost + (row_dq[:, None] + t * sdq_t), out.to(dpost.dtype.element_ty), mask=here)
-            d = d.to(tl.float32) * _read(post, row_q, t, sq_t, here).to(tl.float32)
-        d = d.to(KIND)
-        # Row t, column s. What is transposed was loaded.
-        d_kernel = tl.dot(tl.trans(d), w, d_kernel, input_precision=PRECISION)
-
-        # What needs the adjoint after the chunk.
-        m_re, m_im = _parts(tl.dot(w, into_by, input_precision=PRECISION), R, N)
-        k_re, k_im = _times(re, im, s_re, s_im)
-        m_re, m_im = _conj_times(m_re + T * k_re, m_im + T * k_im, g_re, g_im)
-        log_re += _paired(m_re, R, N)
-        log_im += _paired(m_im, R, N)
-        out = tl.dot(d, tl.trans(kernel), input_precision=PRECISION)
-        out = tl.dot(_stacked(g_re, g_im, R, N).to(KIND), into, out, input_precision=PRECISION)
-        if HAS_PRE:
-            tl.store(dpre + (row_dv[:, None] + t * sdv_t), (out * u.to(tl.float32)).to(dpre.dtype.element_ty), mask=here)
-            out *= v.to(tl.float32)
-        tl.store(dx + (row_dx[:, None] + t * sdx_t), out.to(dx.dtype.element_ty), mask=here)
-
-        # What needs the state before it.
-        m_re, m_im = _parts(tl.dot(d, on_by, input_precision=PRECISION), R, N)
-        p_re, p_im = _times(w_re, w_im, s_re, s_im)
-        m_re, m_im = _conj_times(p_re, p_im, m_re, m_im)
-        log_re += _paired(m_re, R, N)
-        log_im += _paired(m_im, R, N)
-        o_re, o_im = _parts(tl.dot(d, tl.trans(on), input_precision=PRECISION), R, N)
-        m_re, m_im = _conj_times(s_re, s_im, o_re, o_im)
-        dw_re += _paired(m_re, R, N)
-        dw_im += _paired(m_im, R, N)
-        o_re, o_im = _conj_times(w_re, w_im, o_re, o_im)
-        g_re, g_im = _advance(re, -im, low_re, -low_im, g_re, g_im, o_re, o_im, KIND == tl.float32)  # noqa: SIM300
-        if HAS_CARRY:
-            more_re, more_im = _pairs(dcarry, whole, z_ok & (start + c * T == done))
-            g_re, g_im = g_re + more_re, g_im + more_im
-
-    if HAS_DSTATE:
-        _store_pairs(dstate, place, g_re, g_im, z_ok)
-    out = dmodes + tile * 4 * N + n
-    tl.store(out, tl.sum(log_re, 0))
-    tl.store(out + N, tl.sum(log_im, 0))
-    tl.store(out + 2 * N, tl.sum(dw_re, 0))
-    tl.store(out + 3 * N, tl.sum(dw_im, 0))
-    lower = tl.arange(0, T)[:, None] <= s
-    taps = _sum_diagonals(tl.where(lower, tl.trans(d_kernel), 0.0), scratch + tile * T * T, T)
-    tl.store(dfirst + tile * T + tl.arange(0, T), taps)
-
-
-@triton.jit
-def filter_backward(
-    u, past, dx, du, taps, scratch, dtaps, batch, n_chunks, length, n_taps, n_past, n_tiles,
-    su_b, su_h, su_t, sp_b, sp_h, sdx_b, sdx_h, sdx_t, sdu_b, sdu_h, sdu_t,
-    R: tl.constexpr, T: tl.constexpr, HAS_PAST: tl.constexpr, ALIKE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """du from the gradient dx of FIR(u), and one part a program of the gradient of the taps, dtaps (H, parts, T).
-
-    A row is any chunk of any sequence. scratch (H, parts, T, T) fp32 is this program's own.
-    """
-    h = tl.program_id(0).to(tl.int64)
-    part = h * tl.num_programs(1) + tl.program_id(1)
-    u, past, dx, du = u + h * su_h, past + h * sp_h, dx + h * sdx_h, du + h * sdu_h
-    s = tl.arange(0, T)[None, :]
-    near = tl.trans(_toeplitz(taps + h * n_taps, n_taps, 0, T).to(KIND))
-    far = tl.trans(_toeplitz(taps + h * n_taps, n_taps, T, T).to(KIND))
-    d_near, d_far = tl.zeros([T, T], tl.float32), tl.zeros([T, T], tl.float32)
-    for i in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
-        row = i * R + tl.arange(0, R)
-        b = (row // n_chunks).to(tl.int64)
-        ok = (b < batch)[:, None]
-        t = (row % n_chunks * T)[:, None] + s
-        row_u = b * su_b
-        row_dx, row_du = row_u, row_u
-        if not ALIKE:
-            row_dx, row_du = b * sdx_b, b * sdu_b
-        here = ok & (t < length)
-        now = _read(u, row_u, t, su_t, here).to(KIND)
-        seen = _before(u, row_u, su_t, past, b * sp_b, n_past, t - T, ok, length, HAS_PAST).to(KIND)
-        r = _read(dx, row_dx, t, sdx_t, here).to(KIND)
-        later = _read(dx, row_dx, t + T, sdx_t, ok & (t + T < length)).to(KIND)
-        out = tl.dot(r, near, input_precision=PRECISION)
-        out = tl.dot(later, far, out, input_precision=PRECISION)
-        d_near = tl.dot(tl.trans(now), r, d_near, input_precision=PRECISION)
-        d_far = tl.dot(tl.trans(seen), r, d_far, input_precision=PRECISION)
-        tl.store(du + (row_du[:, None] + t * sdu_t), out.to(du.dtype.element_ty), mask=here)
-    lower = tl.arange(0, T)[:, None] <= s
-    tl.store(dtaps + part * T + tl.arange(0, T), _sum_diagonals(tl.where(lower, d_near, d_far), scratch + part * T * T, T))
-
-
-@triton.jit
-def finish(
-    log_modes, weights, dfirst, dtaps, dmodes, out_modes, out_weights, out_skip, out_taps, n_modes, n_taps, n_parts, n_tiles,
-    T: tl.constexpr, N: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_FIR: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a channel's parameters from the sums of its programs."""
-    h = tl.program_id(0).to(tl.int64)
-    n, t = tl.arange(0, N), tl.arange(0, T)
-    tap, fir = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
-    log_re, log_im = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    dw_re, dw_im = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    if HAS_FIR:
-        for i in range(0, n_parts):
-            fir += tl.load(dtaps + (h * n_parts + i) * T + t)
-    for i in range(0, n_tiles):
-        tile = h * n_tiles + i
-        tap += tl.load(dfirst + tile * T + t)
-        place = dmodes + tile * 4 * N + n
-        log_re += tl.load(place)
-        log_im += tl.load(place + N)
-        dw_re += tl.load(place + 2 * N)
-        dw_im += tl.load(place + 3 * N)
-
-    re, turns, _ = _modes(log_modes, h, n, n_modes)
-    p_re, p_im = _power(re[:, None], turns[:, None], t[None, :])
-    real = n < n_modes
-    w_re = tl.load(weights + 2 * (h * n_modes + n), mask=real, other=0.0)
-    w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=real, other=0.0)
-    by = t.to(tl.float32)
-    dw_re += tl.sum(p_re * tap[None, :], 1)
-    dw_im -= tl.sum(p_im * tap[None, :], 1)
-    f_re, f_im = tl.sum(p_re * (by * tap)[None, :], 1), -tl.sum(p_im * (by * tap)[None, :], 1)
-    f_re, f_im = _conj_times(w_re, w_im, f_re, f_im)
-    place = 2 * (h * n_modes + n)
-    tl.store(out_modes + place, log_re + f_re, mask=real)
-    tl.store(out_modes + place + 1, log_im + f_im, mask=real)
-    tl.store(out_weights + place, dw_re, mask=real)
-    tl.store(out_weights + place + 1, dw_im, mask=real)
-    if HAS_SKIP:
-        tl.store(out_skip + h, tl.sum(tl.where(t == 0, tap, 0.0)))
-    if HAS_FIR:
-        tl.store(out_taps + h * n_taps + t, fir, mask=t < n_taps)

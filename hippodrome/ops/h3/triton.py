@@ -1,7 +1,7 @@
 """h3 on the GPU. Heads of one channel are one kernel: `diagonal_ssm` with the FIR in front, v before it and q behind it.
 
 Heads of p channels: the FIR once, then for each of the p channels of v one call with all p channels of k as rows, whose
-outputs are summed. The outer product is not made, but each channel of v is repeated p times, and the backward keeps that.
+outputs are summed. The outer product exists in registers only.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def _heads(
     q_rows, k_rows = rows(q), rows(k)
     outputs, states = [], []
     for j, gate in enumerate(v.unflatten(1, (heads, -1)).unbind(2)):
-        repeated = gate.expand(len(k_rows) // batch, *gate.shape).reshape(k_rows.shape)
         before = None if state is None else state[:, :, j].transpose(0, 1).reshape(-1, *state.shape[3:])
-        y, after = fused(k_rows, log_modes, weights, pre=repeated, post=q_rows, state=before, **kept)
+        y, after = fused(k_rows, log_modes, weights, pre=gate, post=q_rows, state=before, **kept)
         outputs.append(y.unflatten(0, (-1, batch)).float().sum(0).to(q.dtype))
         if after is not None:
             states.append(after.unflatten(0, (-1, batch)).transpose(0, 1))

@@ -3,12 +3,13 @@
     within a chunk:  x_t = a_t x_(t-1) + b_t from zero,   p_t = a_t ... a_1
     over the chunks: carry_c = p_T carry_(c-1) + x_T,     and then x_t += p_t carry_(c-1)
 
-The gradient is the same recurrence from right to left, with the conjugate of the coefficient one token ahead. On CUDA these are
-torch's own pointwise kernels, a pair of launches a step: there is no kernel of its own yet.
+The gradient is the same recurrence the other way round, with the conjugate of the coefficient one token ahead. Of coefficients
+that rows or tokens share, the p are as few. These are torch's own pointwise operations, a pair a step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hippodrome.ops._flops import count_flops
-from hippodrome.ops.scan import arguments, at_least_single, scan
+from hippodrome.ops.scan import arguments, in_one_dtype, in_order, scan
 
 
 def _why_not(*_: object, **__: object) -> str | None:
@@ -24,66 +25,73 @@ def _why_not(*_: object, **__: object) -> str | None:
 
 
 @scan.backend("chunked", why_not=_why_not)
-def _chunked(a: Tensor, b: Tensor, state: Tensor | None = None) -> Tensor:
-    a, b, before = arguments(a, b, state)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, x = (at_least_single(t).to(dtype) for t in (a, b))
-    return torch.ops.hippodrome.scan_chunks(a, x, at_least_single(before).to(dtype)).to(b.dtype)
+def _chunked(a: Tensor, b: Tensor, state: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    return torch.ops.hippodrome.scan_chunks(*in_one_dtype(*arguments(a, b, state)), reverse).to(b.dtype)
 
 
 @torch.library.custom_op("hippodrome::scan_chunks", mutates_args=())
-def _chunks(a: Tensor, b: Tensor, before: Tensor) -> Tensor:
-    """All x (B, L, N) of a, b (B, L, N) and before (B, N), all of one dtype."""
+def _chunks(a: Tensor, b: Tensor, before: Tensor, reverse: bool) -> Tensor:
+    """All x (B, L, N) of a (B or 1, L or 1, N), b (B, L, N) and before (B, N), all of one dtype."""
     length = b.shape[1]
     chunk = max(1, math.isqrt(length))
-    whole = length - length % chunk
-    x = b.clone(memory_format=torch.contiguous_format)
-    carry = _advance(a[:, :whole], x[:, :whole], before, chunk)
-    if whole < length:
-        _advance(a[:, whole:], x[:, whole:], carry, length - whole)
+    cut = length - length % chunk
+    pieces = [(slice(0, cut), chunk), (slice(cut, length), length - cut)][: 1 if cut == length else 2]
+    x, carry = b.clone(memory_format=torch.contiguous_format), before
+    for tokens, size in reversed(pieces) if reverse else pieces:
+        carry = _advance(a if a.shape[1] == 1 else a[:, tokens], x[:, tokens], carry, size, reverse)
     return x
 
 
 @_chunks.register_fake
-def _(a: Tensor, b: Tensor, before: Tensor) -> Tensor:
+def _(a: Tensor, b: Tensor, before: Tensor, reverse: bool) -> Tensor:
     return torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
-def _advance(a: Tensor, x: Tensor, before: Tensor, chunk: int) -> Tensor:
+def _advance(a: Tensor, x: Tensor, before: Tensor, chunk: int, reverse: bool) -> Tensor:
     """Turn x, which holds b, into the states in place, for whole chunks of `chunk` tokens. Returns the last."""
-    steps, ladder = x.unflatten(1, (-1, chunk)), a.clone(memory_format=torch.contiguous_format).unflatten(1, (-1, chunk))
-    for t in range(1, chunk):
-        steps[:, :, t].addcmul_(ladder[:, :, t], steps[:, :, t - 1])
-        ladder[:, :, t].mul_(ladder[:, :, t - 1])
+    steps = x.unflatten(1, (-1, chunk))
+    ladder = (a.expand(-1, chunk, -1) if a.shape[1] == 1 else a).clone(memory_format=torch.contiguous_format)
+    ladder = ladder.unflatten(1, (-1, chunk))
+    order = in_order(chunk, reverse)
+    for earlier, t in itertools.pairwise(order):
+        steps[:, :, t].addcmul_(ladder[:, :, t], steps[:, :, earlier])
+        ladder[:, :, t].mul_(ladder[:, :, earlier])
+    ends, powers = steps[:, :, order[-1]], ladder[:, :, order[-1]].expand(-1, steps.shape[1], -1)
     carries = [before]
-    for powers, end in zip(ladder[:, :, -1].unbind(1), steps[:, :, -1].unbind(1), strict=True):
-        carries.append(torch.addcmul(end, powers, carries[-1]))
-    steps.addcmul_(ladder, torch.stack(carries[:-1], 1).unsqueeze(2))
+    for c in in_order(steps.shape[1], reverse):
+        carries.append(torch.addcmul(ends[:, c], powers[:, c], carries[-1]))
+    starts = carries[-2::-1] if reverse else carries[:-1]
+    steps.addcmul_(ladder, torch.stack(starts, 1).unsqueeze(2))
     return carries[-1]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, _, before = inputs
+    a, _, before, ctx.reverse = inputs
     ctx.save_for_backward(a, before, output)
 
 
-def _grad(ctx: Any, d_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grad(ctx: Any, d_x: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     a, before, x = ctx.saved_tensors
-    a = a.conj().resolve_conj()
-    # From the last token, whose gradient nothing follows: its coefficient meets a zero.
-    ahead = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)
-    zero = torch.zeros_like(before)
-    d_b = torch.ops.hippodrome.scan_chunks(ahead.flip(1), d_x.flip(1), zero).flip(1)
-    d_a = d_b * torch.cat([before.unsqueeze(1), x[:, :-1]], 1).conj()
-    return d_a, d_b, a[:, 0] * d_b[:, 0]
+    conj = a.conj().resolve_conj()
+    # The last token read has no follower: what would be its follower's coefficient meets a zero.
+    ahead = conj if a.shape[1] == 1 else _shifted(conj, torch.zeros_like(conj[:, :1]), not ctx.reverse)
+    d_b = torch.ops.hippodrome.scan_chunks(ahead, d_x, torch.zeros_like(before), not ctx.reverse)
+    d_a = d_b * _shifted(x, before.unsqueeze(1), ctx.reverse).conj()
+    first = -1 if ctx.reverse else 0
+    return d_a.sum_to_size(a.shape), d_b, conj[:, first] * d_b[:, first], None
+
+
+def _shifted(t: Tensor, edge: Tensor, left: bool) -> Tensor:
+    """t (B, L, N) moved by one token to the left or to the right, with `edge` (B, 1, N) where it left a gap."""
+    return torch.cat([t[:, 1:], edge] if left else [edge, t[:, :-1]], 1)
 
 
 _chunks.register_autograd(_grad, setup_context=_save)
 
 
-def _flops(a: Any, b: Tensor, *rest: Any, **out: Any) -> int:
+def scan_flops(a: Any, b: Tensor, *rest: Any, **out: Any) -> int:
     """Two multiply-adds and a product a number; complex, of 8, 8 and 6 real operations."""
     return b.numel() * (22 if b.is_complex() else 5)
 
 
-count_flops({torch.ops.hippodrome.scan_chunks: _flops})
+count_flops({torch.ops.hippodrome.scan_chunks: scan_flops})

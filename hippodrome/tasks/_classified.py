@@ -18,7 +18,7 @@ from hippodrome.task import IGNORE, Batch, Split, Task, accuracy, ordered_rows, 
 U = TypeVar("U")
 
 
-class _Labelled(Task):
+class _Classified(Task):
     """A task of one label a row. A subclass writes `labels` and `inputs`, and sets `seed`, which orders the training rows.
 
     `names`: what the labels stand for, where that is known; a run keeps them in classes.json.

@@ -1,0 +1,108 @@
+"""Mega (Ma, Zhou, Kong, He, Gui, Neubig, May, Zettlemoyer, ICLR 2023): language models, over all and in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from hippodrome.channels.mlp import Mlp
+from hippodrome.mixers.mega import Mega
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
+from hippodrome.run import RunConfig, TrainConfig
+
+
+def mega(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    d_key: int | None = None,
+    d_value: int | None = None,
+    d_state: int = 16,
+    function: Literal["softmax", "laplace", "relu2"] = "softmax",
+    dropout: float = 0.0,
+    inner_dropout: float = 0.0,
+    text: Text = SOTU,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Mega language model: every token attends to all before it, by queries and keys made of moving averages.
+
+    Args:
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 2 d_model.
+        d_key: Width of queries and keys; None: d_model / 4.
+        d_value: Width of values; None: 2 d_model.
+        d_state: Averages of a channel.
+        function: What makes weights of scores.
+        dropout: Of the embeddings, the averages and what the blocks add.
+        inner_dropout: Of attention weights, values and the MLPs' inner channels.
+    """
+    mixer = Mega.Config(
+        d_key=d_key,
+        d_value=d_value,
+        d_state=d_state,
+        function=function,
+        attention_dropout=inner_dropout,
+        hidden_dropout=inner_dropout,
+    )
+    return _language_model(mixer, text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def chunked(
+    *,
+    chunk: int = 64,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    d_key: int | None = None,
+    d_value: int | None = None,
+    d_state: int = 16,
+    function: Literal["softmax", "laplace", "relu2"] = "softmax",
+    dropout: float = 0.0,
+    inner_dropout: float = 0.0,
+    text: Text = SOTU,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Mega-chunk language model: attention stays within chunks, and the averages alone cross them; the time is linear.
+
+    Args:
+        chunk: Tokens of a chunk.
+        n_layer: Blocks.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 2 d_model.
+        d_key: Width of queries and keys; None: d_model / 4.
+        d_value: Width of values; None: 2 d_model.
+        d_state: Averages of a channel.
+        function: What makes weights of scores.
+        dropout: Of the embeddings, the averages and what the blocks add.
+        inner_dropout: Of attention weights, values and the MLPs' inner channels.
+    """
+    mixer = Mega.Config(
+        chunk=chunk,
+        d_key=d_key,
+        d_value=d_value,
+        d_state=d_state,
+        function=function,
+        attention_dropout=inner_dropout,
+        hidden_dropout=inner_dropout,
+    )
+    return _language_model(mixer, text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def synthetic(*, language: Language = PAPER) -> RunConfig:
+    """Mega on a synthetic language, in the blocks that the H3 paper gives its systems."""
+    return _synthetic(Mega.Config(d_key=16), language)
+
+
+def _language_model(
+    mixer: Mega.Config, text: Text, train: TrainConfig, *, n_layer: int, d_model: int, d_ff: int | None, dropout: float
+) -> RunConfig:
+    """Blocks of `mixer` and the feed-forward network that goes with it."""
+    config = language_model([mixer] * n_layer, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+    wide = 2 * d_model if d_ff is None else d_ff
+    channel = Mlp.Config(d_ff=wide, activation="silu", dropout=mixer.hidden_dropout)
+    blocks = tuple(replace(block, channel=channel) for block in config.model.blocks)
+    return replace(config, model=replace(config.model, blocks=blocks))
