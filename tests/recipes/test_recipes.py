@@ -26,7 +26,7 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"linear_transformer"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
-    systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "s4", "s4d", "transformer")
+    systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
     assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(ATOMIC) | set(SIGNALS) == set(recipes())
