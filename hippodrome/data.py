@@ -79,16 +79,17 @@ def prepare(
     }
     key = hashlib.sha256(json.dumps([_FORMAT, settings]).encode()).hexdigest()[:12]
     stem = re.sub(r"[^\w.-]+", "-", Path(source.name).name)[:40]
-    folder = _cache() / f"{stem}-{tokenizer}-{key}"
+    folder = cache_root() / f"{stem}-{tokenizer}-{key}"
     corpus = _cached(folder, source)
     if corpus is None:
-        with _alone(folder):
+        with alone(folder):
             # Another process may have built it while this one waited.
             corpus = _cached(folder, source) or _build(folder, source, settings)
     return corpus
 
 
-def _cache() -> Path:
+def cache_root() -> Path:
+    """Where prepared data is kept: $HIPPODROME_CACHE, or ~/.cache/hippodrome."""
     return Path(os.environ.get("HIPPODROME_CACHE") or "~/.cache/hippodrome").expanduser()
 
 
@@ -119,7 +120,7 @@ def _without(entry: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One process at a time builds a folder of the cache. What a killed one left beside it is swept away."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:

@@ -336,6 +336,7 @@ class Model(nn.Module):
     def forward(self, inputs: Tensor, state: ModelState | None = None, *, lengths: Tensor | None = None) -> Output:
         """Logits of ids (B, L) or signals (B, L, C), continuing from `state` if one is given.
 
+        Rows of several sequences, ids (B, G, L) with `lengths` (B, G), are read as B G rows; the readout joins them again.
         `lengths` is (B,) for right padding, or (B, 2) start and stop of each row's real tokens for left and mixed padding;
         padding changes no real token's output and leaves no trace in the state.
         """
@@ -379,6 +380,8 @@ class Model(nn.Module):
         self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
     ) -> tuple[Tensor, ModelState | None, Aux, Tensor | None]:
         """Final hidden vectors, state, extras, and lengths in the form that readouts take."""
+        if inputs.dim() == 3 and not inputs.is_floating_point():
+            inputs, lengths = inputs.flatten(0, 1), None if lengths is None else lengths.flatten()
         aligned, undo, counts = inputs, None, lengths
         if lengths is not None and lengths.dim() == 2:
             aligned, undo = _left_align(inputs, lengths)

@@ -1,4 +1,4 @@
-"""Pictures of races: curves in panels, one colour, marker and dash a competitor. matplotlib is imported when one is drawn."""
+"""Pictures: races as curves in panels, one colour, marker and dash a competitor; images. matplotlib is imported when needed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,27 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     for i, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, names)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+
+
+def draw_images(path: Path, rows: Mapping[str, Sequence[tuple[str, Any]]], title: str) -> None:
+    """Write a PNG of named rows of images, each (H, W) of bytes from black to white, with a caption."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.6 * columns + 0.4, 1.85 * len(rows) + 0.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    for row, (name, images) in enumerate(rows.items()):
+        for column, (caption, image) in enumerate(images):
+            axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(caption, fontsize=8)
+            if not column:
+                axes.set_ylabel(name, fontsize=9)
     with replacing(path) as beside:
         figure.savefig(beside, format="png")
 

@@ -171,6 +171,8 @@ def _refilled(state: ModelState, tensors: Sequence[Tensor]) -> ModelState:
 
 
 def _count_tokens(batch: Batch) -> int:
+    several = batch.inputs.dim() == 3 and not batch.inputs.is_floating_point()
     if batch.lengths is None:
-        return batch.inputs.shape[0] * batch.inputs.shape[1]
-    return int((batch.lengths if batch.lengths.dim() == 1 else batch.lengths[:, 1] - batch.lengths[:, 0]).sum())
+        return batch.inputs.numel() if several else batch.inputs.shape[0] * batch.inputs.shape[1]
+    spans = batch.lengths.dim() == 2 and not several
+    return int((batch.lengths[:, 1] - batch.lengths[:, 0] if spans else batch.lengths).sum())

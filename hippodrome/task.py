@@ -28,6 +28,9 @@ class Batch:
     real tokens a row (B,), the rest is right padding; or their spans (B, 2) as start and stop, for left or mixed padding;
     None when all are real. starts: (B,) bool, False where the row continues the same row of the batch before it, so that a
     carried state must be kept; None when every row starts anew.
+
+    A row can be G sequences, such as a pair of documents: ids (B, G, L), with lengths (B, G) that count each one's tokens.
+    The model reads all B G sequences alike and its readout joins those of a row, so that no cut through a batch parts them.
     """
 
     inputs: Tensor

@@ -117,9 +117,18 @@ class Bench:
 
     def copy(self, moved: int) -> Callable[[], Tensor]:
         """A call that copies so that `moved` bytes are read and written in all."""
-        source = self.draw(max(1, moved // 8))
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
+
+        @functools.cache
+        def ends() -> tuple[Tensor, Tensor]:
+            # At the first call, so that too little memory for them is a row that says so.
+            source = self.draw(max(1, moved // 8))
+            return torch.empty_like(source), source
+
+        def call() -> Tensor:
+            target, source = ends()
+            return target.copy_(source)
+
+        return call
 
     def time(self, call: Callable[[], object]) -> float:
         """Median milliseconds of a call; one call before is not counted."""

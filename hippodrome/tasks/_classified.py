@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hippodrome.files import write_json
 from hippodrome.part import BadInput
-from hippodrome.task import IGNORE, Batch, Split, Task, accuracy, ordered_rows, shuffled_rows
+from hippodrome.task import Batch, Split, Task, ordered_rows, shuffled_rows
+from hippodrome.tasks._labels import commonest, label_scores
 
 U = TypeVar("U")
 
@@ -46,9 +45,7 @@ class _Classified(Task):
 
     def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Accuracy, and cross entropy in nats."""
-        nats = F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORE, reduction="sum")
-        right, asked = accuracy(logits, batch.targets)
-        return {"accuracy": (right, asked), "loss": (nats, asked)}
+        return label_scores(logits, batch.targets)
 
     def save(self, folder: Path) -> None:
         """classes.json: the names of the labels, in their order."""
@@ -56,9 +53,9 @@ class _Classified(Task):
             write_json(folder / "classes.json", list(self.names))
 
     def floors(self) -> Mapping[str, float]:
-        """The share of the class that is the most frequent in training."""
-        often = int(torch.bincount(self.labels("train")).argmax())
-        return {"always the most frequent class": float((self.labels("test") == often).double().mean())}
+        """The share of the test split's commonest class."""
+        labels = self.labels("test").numpy()
+        return {"commonest class": commonest(labels) / len(labels)}
 
 
 def labelled_folders(folder: Path, classes: int) -> list[Path]:

@@ -1,10 +1,10 @@
 """Image: what is on a picture, read pixel by pixel: sequential and permuted MNIST, Fashion-MNIST and CIFAR-10.
 
 Pixels in raster order, or in one random order that is the same for all pictures (permuted), brought to [-1, 1]. The data is a
-folder with the files as they are distributed:
+folder with the files as they are distributed (or CIFAR-10's archive):
 
     train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (.gz too)        grey, 28 x 28: (Fashion-)MNIST
-    data_batch_1.bin ... data_batch_5.bin, test_batch.bin                       CIFAR-10, binary version; 1 channel is its luma
+    data_batch_1.bin ... data_batch_5.bin, test_batch.bin                       CIFAR-10 (`_cifar.py`), in colour or grey
 
 The validation pictures are held out of the training ones.
 """
@@ -16,6 +16,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,13 +24,11 @@ from torch import Tensor
 
 from hippodrome.part import BadInput
 from hippodrome.task import Split
+from hippodrome.tasks import _cifar
 from hippodrome.tasks._classified import _Classified, check_classes
 
 Pictures = tuple[np.ndarray, np.ndarray]
 """Pixels (N, height, width, channels) uint8, labels (N,) uint8."""
-
-LUMA = np.array([0.299, 0.587, 0.114])
-"""Red, green and blue to grey (ITU-R BT.601)."""
 
 
 class Image(_Classified):
@@ -98,33 +97,21 @@ def _sequences(pictures: Pictures) -> tuple[Tensor, Tensor]:
 
 def _read(folder: Path, channels: int) -> tuple[Pictures, Pictures]:
     """Training and test pictures."""
-    if not folder.is_dir():
+    if not folder.exists():
         raise BadInput(f"there is no folder {folder}: give the one with the pictures as data")
     if (folder / "cifar-10-batches-bin").is_dir():
         folder = folder / "cifar-10-batches-bin"
-    if (folder / "test_batch.bin").is_file():
-        parts = [_cifar(path, channels) for path in sorted(folder.glob("data_batch_*.bin"))]
-        if not parts:
-            raise BadInput(f"{folder} has no data_batch_1.bin to learn from")
-        pixels, labels = zip(*parts, strict=True)
-        return (np.concatenate(pixels), np.concatenate(labels)), _cifar(folder / "test_batch.bin", channels)
-    if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
-        raise BadInput(f"{folder} is CIFAR-10's python version, which would be unpickled: take the binary version (.bin files)")
+    if folder.is_file() or any(folder.glob("data_batch_*")) or (folder / "test_batch.bin").is_file():
+        return _cifar_pictures(folder, "train", channels), _cifar_pictures(folder, "test", channels)
     if channels != 1:
         raise BadInput(f"channels is {channels}, but the pictures of {folder} are grey: give channels 1")
     return _mnist(folder, "train"), _mnist(folder, "t10k")
 
 
-def _cifar(path: Path, channels: int) -> Pictures:
-    """Records of a label and 3 x 32 x 32 bytes, channels first."""
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    if not len(data) or len(data) % 3073:
-        raise BadInput(f"{path} has {len(data)} bytes, which are no records of 3073: it is damaged or not CIFAR-10")
-    records = data.reshape(-1, 3073)
-    pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    if channels == 1:
-        pixels = (pixels @ LUMA).round().astype(np.uint8)[..., None]
-    return pixels, records[:, 0]
+def _cifar_pictures(path: Path, part: Literal["train", "test"], channels: int) -> Pictures:
+    planes, labels = _cifar.read(path, part)
+    pixels = _cifar.grey(planes)[..., None] if channels == 1 else planes.transpose(0, 2, 1)
+    return pixels.reshape(len(pixels), _cifar.SIDE, _cifar.SIDE, channels), labels
 
 
 def _mnist(folder: Path, stem: str) -> Pictures:

@@ -11,17 +11,22 @@ from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import Embed, Readout
 from hippodrome.part import find, names, part_name
 from hippodrome.readouts.lm import Lm
+from hippodrome.readouts.pair import Pair
 from hippodrome.readouts.pool import Pool
+from hippodrome.readouts.positions import Positions
 from hippodrome.readouts.regression import Regression
 from hippodrome.task import IGNORE, Batch
 from tests.support import assert_builds_on_meta, assert_close, assert_gradients, assert_survives_json, build
 
-D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 3, 5, 11, 2, 4
+D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 4, 5, 11, 2, 4
 
 EMBEDS = (Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS))
 READOUTS = (
     *(Lm.Config(), Lm.Config(tied=False)),
     *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")),
+    *(Pair.Config(classes=CLASSES, how=how) for how in ("mean", "last")),
+    # The targets here are all of one class, so that balancing changes nothing.
+    *(Positions.Config(classes=CLASSES, balanced=balanced) for balanced in (False, True)),
     *(Regression.Config(), Regression.Config(outputs=3)),
 )
 
@@ -109,7 +114,7 @@ def test_embed_config_and_meta(config):
 def test_loss_is_that_of_what_forward_says(config):
     """The cross entropy, or the squared errors of a regression."""
     readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D)
-    batch = batch_for(readout, torch.tensor([5, 2, 4]))
+    batch = batch_for(readout, torch.tensor([5, 2, 4, 1]))
     total, count = readout.loss(hidden, batch)
     assert_close(total, loss_of(readout(hidden, batch.lengths), batch))
     assert count == batch.asked.sum() > 0

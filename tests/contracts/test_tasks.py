@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hippodrome.part import find, from_dict, names, to_dict
 from hippodrome.task import IGNORE, Batch, Task
 from tests.support import tiny, variants
+from tests.tasks.cifar import write_cifar
 
 
 def _tasks():
@@ -31,6 +32,13 @@ def small(tmp_path_factory):
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=3000)
     path.write_text("|".join("".join(letters[start : start + 50]) for start in range(0, 3000, 50)))
     values = {"text": str(path), "separator": "|", "tokenizer": "bytes", "length": 12, "train_rows": 70, "test_rows": 23}
+    values |= {"min_length": 9, "max_length": 40}
+    words = ["".join(letters[start : start + 20]) for start in range(0, 2400, 20)]
+    for name, columns in {"documents": 1, "pairs": 2}.items():
+        lines = ["\t".join([str(n % 2), *words[n : n + columns]]) for n in range(len(words) - 1)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+        values[name] = str(folder / f"{name}.tsv")
+    values |= {"cifar": str(write_cifar(folder / "cifar"))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIPPODROME_CACHE", str(folder / "cache"))
         yield values

@@ -336,7 +336,7 @@ def ids(value):
 @pytest.mark.parametrize(("batch", "length", "modes", "dtype", "without", "layout"), GRID, ids=ids)
 def test_values_and_gradients_on_the_gpu(poisoned, batch, length, modes, dtype, without, layout):
     """Half precision may err twice as much as the exact results of rounded inputs do, and by a rounding."""
-    taps = min(backend.tiling(modes, dtype).T, 64)
+    taps = min(_tiling.Tiling.of(min(modes, _tiling.SLICE), dtype).T, 64)
     exact_inputs = case(batch, 3, length, modes, without=without, layout=layout, taps=taps)
     given = rounded(exact_inputs, dtype, "cuda")
     found, again = results(fused, given), results(fused, given)

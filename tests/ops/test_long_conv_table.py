@@ -94,27 +94,32 @@ def test_every_row_that_is_shipped_has_a_source():
             assert one["ms"].keys() <= set(_table.PATHS)
 
 
-def test_what_is_shipped_is_what_was_measured_and_counting_for_the_rest():
+def test_what_is_shipped_is_measured_in_bfloat16_and_counted_else():
     (rows,) = SHIPPED.values()
-    assert len(MEASURED) == 20
-    assert rows == MEASURED + _table.counted(MEASURED)
+    calls = {(_table._call(row), path) for row in MEASURED for path in row["ms"]}
+    assert not calls & {(_table._call(row), path) for row in rows if row["source"] == _table.COUNTED for path in row["ms"]}
+    measured = {(row["pass"], row["gated"], _table._point(row)) for row in MEASURED if row["dtype"] == "bfloat16"}
+    for point in _table.grid(length for length in _table.LENGTHS if length > 64):
+        assert all((*kind, point) in measured for kind in _table.KINDS), point
 
 
-@pytest.mark.parametrize("one", MEASURED, ids=lambda one: f"{one['pass']}-{one['gated']}-{one['length']}")
-def test_counting_comes_as_near_to_what_was_measured_as_the_margin(one):
-    count = _table._count(_table._point(one), getattr(torch, one["dtype"]), one["pass"], one["gated"])
-    for path, ms in one["ms"].items():
-        assert 1 / _table.MARGIN < count[path] / ms < _table.MARGIN
+def test_counting_seldom_chooses_what_takes_much_longer():
+    """Other dtypes are counted: where it can be checked, nine choices in ten cost less than a third more."""
+    dear = []
+    for one in MEASURED:
+        count = _table._count(_table._point(one), getattr(torch, one["dtype"]), one["pass"], one["gated"])
+        ms = {path: t for path, t in one["ms"].items() if path in count}
+        dear.append(ms[min(ms, key=count.__getitem__)] > 1.3 * min(ms.values()))
+    assert sum(dear) < 0.1 * len(dear)
 
 
 @pytest.mark.parametrize(
     ("batch", "length", "forward", "backward", "gated_forward", "gated_backward"),
     [
-        (128, 1024, "toeplitz", "toeplitz", "toeplitz", "toeplitz"),
-        (64, 2048, "toeplitz", "toeplitz", "toeplitz", "partitioned"),
-        (32, 4096, "toeplitz", "partitioned", "partitioned", "partitioned"),
-        (16, 8192, "partitioned", "partitioned", "partitioned", "partitioned"),
-        (8, 16384, "partitioned", "partitioned", "partitioned", "partitioned"),
+        (128, 1024, "toeplitz", "toeplitz", "toeplitz", "block_fft"),
+        (64, 2048, "toeplitz", "block_fft", "block_fft", "block_fft"),
+        (32, 4096, "block_fft", "block_fft", "block_fft", "block_fft"),
+        (8, 16384, "block_fft", "block_fft", "block_fft", "block_fft"),
         (2, 65536, "partitioned", "fft", "partitioned", "fft"),
         (1, 1 << 20, "fft", "fft", "fft", "fft"),
     ],

@@ -11,25 +11,33 @@ from hippodrome.patterns import Chunk
 from hippodrome.recipes import find_recipe, recipes
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._lm import Text
+from hippodrome.recipes._lra import Budget, Size
 from hippodrome.recipes._synthetic import Language
 from hippodrome.run import RunConfig, TrainConfig
+from hippodrome.task import Batch
 from hippodrome.train import train
 
 LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
 SIGNALS = [name for name in recipes() if "body" in inspect.signature(find_recipe(name)).parameters]
 ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
+SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body")
+"""Parameters that are dataclasses: their fields are the flags, each with its own help."""
+CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]
+OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder_segmentation"]
 
 
 def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
     wanted |= {"linear_transformer"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
+    wanted |= {"lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
-    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(ATOMIC) | set(SIGNALS) == set(recipes())
+    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS)
+    assert {name for group in groups for name in group} == set(recipes())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -49,7 +57,7 @@ def test_every_flag_has_a_default_and_help(name):
     for parameter in inspect.signature(recipe).parameters.values():
         assert parameter.kind == parameter.KEYWORD_ONLY
         assert parameter.default is not parameter.empty
-        assert parameter.name in ("text", "train", "language", "exercise", "body") or f"{parameter.name}: " in doc
+        assert parameter.name in SPREAD or f"{parameter.name}: " in doc
     assert recipes()[name] == doc.partition("\n")[0]
 
 
@@ -181,3 +189,83 @@ def test_atomic_systems_have_the_papers_learning_rates():
 def test_unknown_names_get_the_nearest():
     with pytest.raises(BadInput, match=r"did you mean 'h3\.pure'"):
         find_recipe("h3.puer")
+
+
+# Long Range Arena
+
+MIXERS = ("s4", "s4d", "transformer", "linear_transformer")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_of_every_mixer_reads_its_task(name, mixer):
+    """Rows of the task's own length, a batch of two, forward and backward."""
+    config = find_recipe(name)(mixer=mixer, size=Size(n_layer=1, d_model=16, d_ff=8, n_head=2))
+    length = config.task.max_length if name == "lra.listops" else config.task.length
+    model = config.model.build()
+    shape = (2, 2, length) if name == "lra.retrieval" else (2, length)
+    ids = torch.randint(1, 16, shape)
+    loss = model.loss(Batch(ids, torch.tensor([0, 1]), torch.randint(1, length, shape[:-1])))
+    loss.total.backward()
+    assert not model.causal
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_published_sizes_of_the_arena():
+    listops, text, retrieval = (find_recipe(f"lra.{name}") for name in ("listops", "text", "retrieval"))
+    s4 = listops(mixer="s4")
+    assert (len(s4.model.blocks), s4.model.d_model, s4.model.blocks[0].channel) == (6, 256, None)
+    assert (s4.model.blocks[0].mixer.system.d_state, s4.model.blocks[0].mixer.bidirectional) == (4, True)
+    assert (s4.train.steps, s4.train.batch_size, s4.train.lr, s4.train.weight_decay) == (120_000, 32, 1e-2, 0.05)
+    assert (text(mixer="s4").train.batch_size, retrieval(mixer="s4").train.batch_size) == (16, 64)
+    base = listops(mixer="transformer")
+    block = base.model.blocks[0]
+    assert (len(base.model.blocks), base.model.d_model, block.channel.d_ff, block.mixer.n_head) == (4, 512, 1024, 8)
+    assert (base.train.steps, base.train.lr) == (5000, pytest.approx(0.05 / 1000**0.5, rel=1e-2))
+    assert base.model.embed.positions == 2000
+    assert [make(mixer="transformer").model.d_model for make in (text, retrieval)] == [256, 128]
+    assert retrieval(mixer="transformer").model.readout.d_ff is None
+
+
+def test_a_budget_replaces_what_is_published_field_by_field():
+    train = find_recipe("lra.text")(budget=Budget(lr=3e-3, steps=7, seed=2, eval_every=None)).train
+    assert (train.lr, train.steps, train.seed, train.batch_size, train.save_every) == (3e-3, 7, 2, 16, None)
+    with pytest.raises(BadInput, match="n_layer is 0"):
+        find_recipe("lra.text")(size=Size(n_layer=0))
+    with pytest.raises(BadInput, match="d_model"):
+        find_recipe("lra.text")(size=Size(d_model=0)).model.build()
+
+
+@pytest.mark.parametrize("mixer", ["dlr", "s4d", "attention"])
+def test_subtrees_are_read_out_at_every_position(mixer):
+    config = find_recipe("listops_subtrees")(mixer=mixer, n_layer=1, d_model=16, d_state=8)
+    logits = config.model.build()(torch.randint(1, 16, (2, 40)), lengths=torch.tensor([40, 25])).logits
+    assert logits.shape == (2, 40, 10)
+    assert (config.task.max_depth, config.task.max_args, config.task.max_length) == (15, 9, 8180)
+    assert (config.train.lr, config.train.weight_decay, config.train.steps) == (8e-4, 0.01, 300_000)
+
+
+# A recipe with a word chosen
+
+
+def test_a_recipe_with_a_word_chosen_is_that_recipe():
+    chosen = find_recipe("lra.listops+mixer=s4")
+    assert chosen() == find_recipe("lra.listops")(mixer="s4")
+    assert chosen(size=Size(n_layer=2)) == find_recipe("lra.listops")(mixer="s4", size=Size(n_layer=2))
+    assert "mixer" not in inspect.signature(chosen).parameters
+    assert inspect.getdoc(chosen) == inspect.getdoc(find_recipe("lra.listops"))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("lra.listop+mixer=s4", r"did you mean 'lra\.listops'"),
+        ("lra.listops+mixr=s4", "did you mean 'mixer'"),
+        ("lra.listops+size=s4", "no words to choose for 'size'"),
+        ("lra.listops+mixer=transfromer", "mixer of lra.listops is 'transfromer'.*did you mean 'transformer'"),
+        ("lra.listops+mixer", "is ''"),
+    ],
+)
+def test_a_word_that_cannot_be_chosen_is_refused(name, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        find_recipe(name)

@@ -26,7 +26,7 @@ def test_from_files_to_scores(tmp_path, name):
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert 0 <= report["scores"]["test"]["accuracy"] <= 1
-    assert "(always the most frequent class)" in result.out
+    assert "(commonest class)" in result.out
     again = run("eval", tmp_path / "run", "--device", "cpu")
     assert again.code == 0, again.err
     if name != "image":

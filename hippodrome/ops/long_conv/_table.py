@@ -4,9 +4,8 @@ A row has times of one pass, "forward" or "backward", with gates or without, for
 in "source" where they come from: "measured: DEVICE, DATE", or "counted" from operations and bytes. Several rows may share a
 point, so that what was measured stands beside what was counted for the other paths.
 
-The table in the repository is measured in part only: an H100's times of the paths taken at the whole-length kernels of 1,024 to
-8,192 and 65,536 tokens, in bfloat16, a backward's being forward + backward less forward. All else is counted, and a table
-measured whole on one card is still to come: `tune` makes it. The block FFT is not counted: it is taken where it was measured.
+The table in the repository is measured on an H100 in bfloat16, from 256 to four million tokens. For float16 and float32, and
+below, operations and bytes are counted; the block FFT is not counted: it is taken where it was measured. `tune` makes it anew.
 """
 
 from __future__ import annotations
