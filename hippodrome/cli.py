@@ -1,8 +1,8 @@
 """The command: a verb is a function of this file, its signature its command line.
 
-A verb that takes recipes has a parameter `recipe` (one, with its name) or `recipes` (by name); the flags of the recipes follow
-the verb's own. What a user did wrong ends in one line and exit code 2, Ctrl-C in 130; anything else is a bug and shows its
-traceback.
+A verb that takes recipes has a parameter `recipe` (one, with its name), `recipes` (by name) or `races` (recipes by the value
+of the flag that the verb's own `over` names); the flags of the recipes follow the verb's own. What a user did wrong ends in
+one line and exit code 2, Ctrl-C in 130; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
 Name = Annotated[Positional[str], arg(metavar="NAME")]
-_GIVEN = ("recipe", "recipes")
+_GIVEN = ("recipe", "recipes", "races")
 _SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
@@ -169,6 +169,41 @@ def compare(
     )
     print_table(report)
     print(f"report.json and curves.png are in {folder}")
+
+
+def grid(
+    races: dict[str, dict[str, RunConfig]],
+    *,
+    over: tuple[str, ...] = (),
+    out: Path | None = None,
+    seeds: int = 1,
+    match_parameters: bool = True,
+    tolerance: float = 0.02,
+    resume: bool = False,
+    jobs: int = 1,
+) -> None:
+    """Compare recipes once for every value of a flag: a table. hippodrome grid RECIPE... --over FLAG VALUE... [flags].
+
+    Each value is a comparison of its own, in a folder of its name.
+
+    Args:
+        over: A flag of the recipes and its values, such as task shift cumsum.
+        out: The folder of it all; by default runs/grid-RECIPE-RECIPE.
+        seeds: Runs of each recipe, with seeds that follow its own.
+        match_parameters: Make the numbers of parameters equal.
+        tolerance: Largest relative difference in parameters.
+        resume: Continue; finished runs are not trained again.
+        jobs: Runs trained at once, each in a process of its own.
+    """
+    from hippodrome.grid import grid as run_grid
+    from hippodrome.grid import print_grid
+    from hippodrome.progress import ProgressDisplay
+
+    folder = out or Path("runs") / "-".join(["grid", *next(iter(races.values()))])
+    settings: dict[str, Any] = {"seeds": seeds, "match_parameters": match_parameters, "tolerance": tolerance}
+    report = run_grid(over[0], races, folder, resume=resume, jobs=jobs, display=ProgressDisplay, **settings)
+    print_grid(report)
+    print(f"report.json and a folder a value are in {folder}")
 
 
 def bench(
@@ -453,17 +488,28 @@ def _with_recipes(verb: Callable[..., None], words: list[str], prog: str) -> Non
         groups = {prog.rpartition(" ")[2]: verb, **dict(list(found.items())[:1])}
         print(flags.help_text(groups, prog=" ".join([prog, *names[:1]]), given=_GIVEN))
         return
-    one = "recipe" in inspect.signature(verb).parameters
+    given = next(name for name in _GIVEN if name in inspect.signature(verb).parameters)
+    one = given == "recipe"
     if not names or (one and len(names) > 1):
         wanted = "one recipe" if one else "the names of recipes"
         verb_name = prog.rpartition(" ")[2]
         raise BadInput(f"{verb_name} needs {wanted} before the flags, not {' '.join(names) or 'none'}: see hippodrome list")
-    configs: dict[str, RunConfig] = {}
-    for name, function in found.items():
-        arguments, unknown = flags.parse(function, rest, prog=f"{prog} {name}")
-        flags.refuse(unknown, [verb, function], prog=f"{prog} {name}", given=_GIVEN)
-        configs[name] = function(**arguments)
-    verb(next(iter(configs.items())) if one else configs, **named)
+
+    def configs(*more: str) -> dict[str, RunConfig]:
+        made = {}
+        for name, function in found.items():
+            arguments, unknown = flags.parse(function, [*rest, *more], prog=f"{prog} {name}")
+            flags.refuse(unknown, [verb, function], prog=f"{prog} {name}", given=_GIVEN)
+            made[name] = function(**arguments)
+        return made
+
+    if given == "races":
+        flag, *values = named["over"] or ("none",)
+        if not values:
+            raise BadInput(f"over is {flag}: give a flag of the recipes and its values, as in --over task shift cumsum")
+        verb({value: configs(f"--{flag.lstrip('-')}", value) for value in values}, **named)
+        return
+    verb(next(iter(configs().items())) if one else configs(), **named)
 
 
 def _overview() -> str:
@@ -504,6 +550,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "eval": eval_,
     "compare": compare,
+    "grid": grid,
     "list": list_,
     "show": show,
     "convert": convert,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -30,6 +30,7 @@ from hippodrome.train import Progress, train
 
 if TYPE_CHECKING:
     from hippodrome.plots import Panel
+    from hippodrome.task import Task
 
 Display = Callable[[str], AbstractContextManager[Callable[[Progress], None]]]
 """What is shown of one run, by its title."""
@@ -92,6 +93,7 @@ def compare(
     report = {
         "task": to_dict(first.task),
         "headline": trained["headline"],
+        "loss_unit": cast("type[Task]", first.task.part).loss_unit,
         # A run that was finished before floors were written has none.
         "floors": trained.get("floors", {}),
         "seeds": seeds,
@@ -127,6 +129,8 @@ def _budget(config: RunConfig) -> dict[str, Any]:
 
 def _check_contexts(recipes: Mapping[str, RunConfig], longest: int) -> None:
     for name, config in recipes.items():
+        if longest and not hasattr(config.model.embed, "vocab_size"):
+            raise BadInput(f"{name} reads no tokens: generation cannot be timed, leave contexts out")
         positions = getattr(config.model.embed, "positions", 0)
         if 0 < positions < longest:
             raise BadInput(f"{name} has learned {positions} positions: it cannot be timed over {longest} tokens")
@@ -298,7 +302,7 @@ def panels(folder: Path, report: Mapping[str, Any]) -> list[Panel]:
         Panel(
             title="training loss",
             x="tokens",
-            y="nats a token",
+            y=report["loss_unit"],
             curves={name: [_smooth(log, lambda line: line["loss"]) for log in each] for name, each in logs.items()},
         ),
         Panel(

@@ -3,6 +3,7 @@
     .txt       one document a file, or one between separators (any other file named outright is read as text too)
     .jsonl     one document a line, the string in one field
     .parquet   one document a row, the string in one column
+    .fasta     one document a record, its letters in capitals and without line breaks (.fa .fna .ffn .faa too)
     + .gz .xz .zst
 
 Nothing is held whole: a document longer than a megabyte comes in pieces, cut where no byte-level BPE can merge across.
@@ -19,7 +20,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,13 @@ Piece = tuple[str, bool]
 SHIPPED = {"sotu": (Path(__file__).parent / "assets" / "sotu.txt.xz", "\n\n\n")}
 """Corpora that come with the package, by name: path and separator."""
 
-_FORMATS = (".txt", ".jsonl", ".ndjson", ".parquet")
+FASTA = (".fasta", ".fa", ".fna", ".ffn", ".faa")
+"""Suffixes of FASTA files."""
+
+_FORMATS = (".txt", ".jsonl", ".ndjson", ".parquet", *FASTA)
 _PACKED = (".gz", ".xz", ".zst")
 _PIECE = 1 << 20
+_LETTERS = re.compile(r"[A-Za-z*-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,8 @@ class Source:
                     yield from _json_lines(path, self.field)
                 elif kind == ".parquet":
                     yield from _parquet(path, self.field)
+                elif kind in FASTA:
+                    yield from ((text, last) for _, text, last in _fasta(path))
                 else:
                     yield from _plain(path, self.separator)
 
@@ -89,6 +96,23 @@ def find_source(text: str, *, separator: str | None = None, field: str = "text")
         files = _files_of(path) if path.is_dir() else (path,)
         return Source(name=str(path.resolve()), files=files, separator=separator, field=field)
     return Source(name=text, data_set=_data_set(text, path), field=field)
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> tuple[Path, ...]:
+    """Every file below `folder` with one of the suffixes, packed or not, by path; hidden ones are left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and _suffixes(path)[0] in suffixes)
+    return tuple(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def fasta_records(path: Path) -> Iterator[tuple[str, str]]:
+    """(header without its >, letters) of every record of a FASTA file."""
+    parts: list[str] = []
+    with _problems_of(path):
+        for header, text, last in _fasta(path):
+            parts.append(text)
+            if last:
+                yield header, "".join(parts)
+                parts = []
 
 
 def glance(path: Path) -> dict[str, Any]:
@@ -110,11 +134,10 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 def _files_of(folder: Path) -> tuple[Path, ...]:
     """Every file of a known format below `folder`, by path; hidden ones are left out."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _suffixes(path)[0] in _FORMATS]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = files_of(folder, _FORMATS)
     if not files:
         raise BadInput(f"the folder {folder} has no text: wanted are {', '.join(_FORMATS)}, perhaps with {', '.join(_PACKED)}")
-    return tuple(files)
+    return files
 
 
 def _data_set(text: str, path: Path) -> Any:
@@ -237,6 +260,29 @@ def _safe_cut(text: str, stop: int) -> int:
     while cut > 0 and text[cut - 1].isspace():
         cut -= 1
     return cut
+
+
+def _fasta(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """(header, some letters, whether the record ends with them) in pieces."""
+    header: str | None = None
+    held, size = list[str](), 0
+    with _unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.strip()
+            if line.startswith(">"):
+                if header is not None:
+                    yield header, "".join(held), True
+                header, held, size = line[1:].strip(), [], 0
+            elif line and not line.startswith(";"):
+                if header is None or not _LETTERS.fullmatch(line):
+                    raise BadInput(f"line {number} of {path} is no FASTA: {line[:40]!r}, not a > and a name or letters")
+                held.append(line.upper())
+                size += len(line)
+                if size >= _PIECE:
+                    yield header, "".join(held), False
+                    held, size = [], 0
+    if header is not None:
+        yield header, "".join(held), True
 
 
 def _json_lines(path: Path, field: str) -> Iterator[Piece]:

@@ -139,15 +139,15 @@ class Readout(Part, nn.Module, folder="readouts"):
     """Vectors to what the task asks for. Built as `config.build(d_model, embed)`, so that it may tie weights."""
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits of hidden vectors (B, L, D)."""
+        """Logits of hidden vectors (B, L, D), or the numbers of a regression."""
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum, count) of the cross entropy in nats; the logits need not exist all at once."""
+        """(sum, count) of the cross entropy in nats, the logits of which need not exist all at once; or of squared errors."""
         raise NotImplementedError
 
 
-Norm = Literal["layer", "rms", "scale", "batch"]
+Norm = Literal["layer", "rms", "scale", "scalar", "batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class BlockConfig:
 
     order "post": norm(x + mixer(x)), then norm(x + channel(x)); a model whose last block is one has no final norm. norm
     "scale": RMSNorm with one number for all channels. "batch": statistics of a channel over all positions of the batch, padding
-    included, and of all GPUs'; those of training are what is used outside of it.
+    included, and of all GPUs'; those of training are what is used outside of it. "scalar": DLR's, see `_ScalarNorm`.
     """
 
     mixer: Mixer.Config
@@ -194,6 +194,22 @@ class _ScaleNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, 1e-5) * self.weight
 
 
+class _ScalarNorm(nn.Module):
+    """y = scale (x - mean + shift) / std over the last axis, scale and shift one number each.
+
+    The statistics are fp32. Equal channels have no spread to divide by: the variance is kept above 1e-12.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+        return (self.scale * (wide - mean + self.shift) * (variance + 1e-12).rsqrt()).to(x.dtype)
+
+
 class _BatchNorm(Fp32Parameters, nn.SyncBatchNorm):
     """Batch norm of (..., D). In one process it is torch's BatchNorm1d."""
 
@@ -206,7 +222,9 @@ def _norm(kind: Norm, d_model: int) -> nn.Module:
         return nn.LayerNorm(d_model)
     if kind == "rms":
         return nn.RMSNorm(d_model, eps=1e-6)
-    return _ScaleNorm() if kind == "scale" else _BatchNorm(d_model)
+    if kind == "batch":
+        return _BatchNorm(d_model)
+    return _ScaleNorm() if kind == "scale" else _ScalarNorm()
 
 
 def _added(x: Tensor, delta: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -276,7 +294,7 @@ class ModelState(State):
 
 @dataclass(frozen=True)
 class Output:
-    """logits: what the readout says, (B, L, V) or (B, classes). state: after the last token, None if none was given."""
+    """logits: what the readout says, (B, L, V), (B, classes) or (B, L, C). state: after the last token, if one was given."""
 
     logits: Tensor
     state: ModelState | None = None
@@ -285,7 +303,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: cross entropy a target plus extra losses, a scalar to differentiate. parts: (sum, count) by name, detached."""
+    """total: the loss a target plus extra losses, a scalar to differentiate. parts: (sum, count) by name, detached."""
 
     total: Tensor
     parts: Mapping[str, tuple[Tensor, Tensor]]
@@ -326,7 +344,7 @@ class Model(nn.Module):
         return Output(self.readout(hidden, lengths), state, aux)
 
     def loss(self, batch: Batch, state: ModelState | None = None) -> Loss:
-        """Mean cross entropy over the batch's targets, without ever holding all logits of a large vocabulary."""
+        """The readout's mean loss over the batch's targets, without ever holding all logits of a large vocabulary."""
         hidden, state, aux, lengths = self._hidden(batch.inputs, state, batch.lengths)
         nats, count = self.readout.loss(hidden, Batch(batch.inputs, batch.targets, lengths))
         extra = sum((value for name, value in aux.items() if name.startswith("loss/")), torch.zeros_like(nats))

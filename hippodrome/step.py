@@ -17,7 +17,7 @@ from hippodrome import devices
 from hippodrome.cuda_graph import GraphedStep
 from hippodrome.model import Model, ModelState
 from hippodrome.run import TrainConfig
-from hippodrome.task import IGNORE, Batch, Task
+from hippodrome.task import Batch, Task
 
 
 def micro_batch(settings: TrainConfig) -> int:
@@ -68,7 +68,7 @@ class Step:
             seed_place(self.settings.seed, step + 1, 0)
             return self._graph(batch)
 
-        asked = {j: (batch.targets != IGNORE).sum() for j, batch in batches.items()}
+        asked = {j: batch.asked.sum() for j, batch in batches.items()}
         everywhere = devices.summed(torch.stack(list(asked.values())).sum().to(self.device)).clamp(min=1)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)

@@ -23,10 +23,11 @@ IGNORE = -100
 class Batch:
     """One batch.
 
-    inputs: token ids (B, L) int64, or signals (B, L, C) float32. targets: ids (B, L), or one label a row (B,); `IGNORE`
-    where nothing is asked. lengths: real tokens a row (B,), the rest is right padding; or their spans (B, 2) as start and
-    stop, for left or mixed padding; None when all are real. starts: (B,) bool, False where the row continues the same row
-    of the batch before it, so that a carried state must be kept; None when every row starts anew.
+    inputs: token ids (B, L) int64, or signals (B, L, C) float32. targets: ids (B, L), or one label a row (B,), int64 and
+    `IGNORE` where nothing is asked; or the numbers (B, L, C) float32 of a regression, NaN where nothing is asked. lengths:
+    real tokens a row (B,), the rest is right padding; or their spans (B, 2) as start and stop, for left or mixed padding;
+    None when all are real. starts: (B,) bool, False where the row continues the same row of the batch before it, so that a
+    carried state must be kept; None when every row starts anew.
 
     A row can be G sequences, such as a pair of documents: ids (B, G, L), with lengths (B, G) that count each one's tokens.
     The model reads all B G sequences alike and its readout joins those of a row, so that no cut through a batch parts them.
@@ -36,6 +37,11 @@ class Batch:
     targets: Tensor
     lengths: Tensor | None = None
     starts: Tensor | None = None
+
+    @property
+    def asked(self) -> Tensor:
+        """Which targets count: bool, in the shape of `targets`."""
+        return ~self.targets.isnan() if self.targets.is_floating_point() else self.targets != IGNORE
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
@@ -57,6 +63,8 @@ class Task(Part, folder="tasks"):
     headline: str = "accuracy"
     """The score that tables show first."""
     higher_is_better: bool = True
+    loss_unit: str = "nats a token"
+    """Of the training loss."""
 
     def batch(self, split: Split, index: int, size: int) -> Batch:
         """Batch number `index` of `size` rows. Training data repeats in a new order every epoch; other splits end."""
@@ -67,7 +75,7 @@ class Task(Part, folder="tasks"):
         raise NotImplementedError
 
     def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """name -> (sum, count), so that scores add over batches and machines."""
+        """name -> (sum, count), so that scores add over batches and machines. `logits`: what the model's readout says."""
         raise NotImplementedError
 
     def floors(self) -> Mapping[str, float]:

@@ -38,7 +38,7 @@ from hippodrome.task import Split, Task
 
 @dataclass(frozen=True)
 class Progress:
-    """What `watch` is told at every logged step. loss: mean since the last one, nats. scores: of the validation split."""
+    """What `watch` is told at every logged step. loss: mean since the last one. scores: of the validation split."""
 
     step: int
     steps: int

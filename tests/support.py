@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,24 @@ def every(slot: type[Part]) -> pytest.MarkDecorator:
 def _configs(slot: type[Part]) -> Iterator[Any]:
     for name in names(slot.folder):
         yield pytest.param(find(slot, name).Config(), id=name)
-        for number, config in enumerate(_variants(slot.folder, name), start=1):
+        for number, config in enumerate(variants(slot.folder, name), start=1):
             yield pytest.param(config, id=f"{name}-{number}")
 
 
-def _variants(folder: str, name: str) -> tuple[Part.Config, ...]:
+def variants(folder: str, name: str) -> tuple[Part.Config, ...]:
+    """The VARIANTS of a part's own test file: configs that contract tests run beside the default one."""
+    return _of_its_test(folder, name, "VARIANTS", ())
+
+
+def tiny(folder: str, name: str) -> Callable[[Path], dict[str, Any]]:
+    """The function `tiny` of a part's own test file: it writes small data and returns the config's values for it."""
+    return _of_its_test(folder, name, "tiny", lambda folder: {})
+
+
+def _of_its_test(folder: str, name: str, what: str, otherwise: Any) -> Any:
     if not (Path(__file__).parent / folder / f"test_{name}.py").exists():
-        return ()
-    return getattr(importlib.import_module(f"tests.{folder}.test_{name}"), "VARIANTS", ())
+        return otherwise
+    return getattr(importlib.import_module(f"tests.{folder}.test_{name}"), what, otherwise)
 
 
 def build(config: Part.Config, *sizes: int, seed: int = 0) -> Any:

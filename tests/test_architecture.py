@@ -27,7 +27,7 @@ FLOORS = (
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels cuda_graph optim step train generation evaluate parity progress",
-    "recipes compare catalog convert doctor verify bench",
+    "recipes compare grid catalog convert doctor verify bench",
     "demo cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""

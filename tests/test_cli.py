@@ -195,10 +195,10 @@ def command(*words, **options):
 
 
 def test_as_a_command():
-    result = command("show", "h5")
+    result = command("show", "h33")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("hippodrome: nothing is called 'h5': did you mean 'h3'?")
+    assert result.stderr.startswith("hippodrome: nothing is called 'h33': did you mean 'h3'?")
     assert result.stderr.count("\n") == 1
 
 

@@ -28,6 +28,7 @@ MIXERS = {
     "chunks": Attention.Config(pattern=Chunk(size=7)),
     "gss": GSS.Config(),
     "dlr": SSM.Config(system=DLR.Config()),
+    "dlr, one kernel": SSM.Config(system=DLR.Config(d_state=300)),
     "dlr, product": SSM.Config(system=DLR.Config(d_state=8, readout="product")),
     "dss": SSM.Config(system=DSS.Config(version="softmax")),
     "ema": SSM.Config(system=EMA.Config()),

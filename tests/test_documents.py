@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import hippodrome.documents
-from hippodrome.documents import find_source
+from hippodrome.documents import fasta_records, find_source
 from hippodrome.part import BadInput
 from hippodrome.tokenizer import Tokenizer
 
@@ -241,3 +241,41 @@ def test_a_data_set_by_name(monkeypatch, tmp_path):
         find_source("nothing")
     with pytest.raises(BadInput, match=r"no file or folder speeches\.txt"):
         find_source("speeches.txt")
+
+
+RECORDS = ">chr1 Some species\nACGT\nacgtNN\n\n; a comment\n>chr2\nGGG*\n>empty\n>chr3\r\nT-T\r\n"
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_every_record_of_a_fasta_file_is_a_document(tmp_path, packing):
+    path = tmp_path / f"genome.fna{packing}"
+    path.write_bytes(PACK[packing](RECORDS.encode()))
+    assert read(path) == ["ACGTACGTNN", "GGG*", "T-T"]
+    assert read(tmp_path) == ["ACGTACGTNN", "GGG*", "T-T"], "found in a folder"
+    named = [("chr1 Some species", "ACGTACGTNN"), ("chr2", "GGG*"), ("empty", ""), ("chr3", "T-T")]
+    assert list(fasta_records(path)) == named
+
+
+def test_a_long_record_comes_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(hippodrome.documents, "_PIECE", 8)
+    path = tmp_path / "long.fa"
+    path.write_text(">a\n" + "ACGTA\n" * 5 + ">b\nACGTACGT\n")
+    pieces = list(find_source(str(path)).pieces())
+    assert [text for text, _ in pieces] == ["ACGTAACGTA", "ACGTAACGTA", "ACGTA", "ACGTACGT", ""]
+    assert [last for _, last in pieces] == [False, False, True, False, True]
+    assert list(fasta_records(path)) == [("a", "ACGTA" * 5), ("b", "ACGTACGT")]
+
+
+@pytest.mark.parametrize("text", ["ACGT\n", ">a\nAC GT\n", ">a\nAC1\n"])
+def test_what_is_no_fasta_is_named(tmp_path, text):
+    path = tmp_path / "bad.fa"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=r"line \d of .*bad\.fa is no FASTA"):
+        read(path)
+
+
+def test_a_binary_fasta_file_is_named(tmp_path):
+    path = tmp_path / "bad.fa"
+    path.write_bytes(b">a\n\xff\xfe\n")
+    with pytest.raises(BadInput, match="is no UTF-8 text"):
+        list(fasta_records(path))

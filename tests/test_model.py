@@ -23,6 +23,7 @@ from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pool import Pool
 from hippodrome.task import IGNORE, Batch
+from tests import golden_files
 from tests.support import assert_close, assert_gradients
 
 VOCAB = 13
@@ -149,6 +150,7 @@ NORMS = {
     "layer": lambda x, m: F.layer_norm(x, x.shape[-1:], m.weight, m.bias),
     "rms": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * m.weight,
     "scale": lambda x, m: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight[0],
+    "scalar": lambda x, m: m.scale * (x - x.mean(-1, keepdim=True) + m.shift) / x.std(-1, correction=0, keepdim=True),
     "batch": lambda x, m: (x - m.running_mean) / (m.running_var + 1e-5).sqrt() * m.weight + m.bias,
 }
 
@@ -180,6 +182,28 @@ def test_whole_is_chunks_and_steps_under_every_norm(norm, order):
             logits, state = model.step(token, state)
             said.append(logits[:, None])
         assert_close(torch.cat(said, 1), model(x).logits)
+
+
+@pytest.mark.parametrize("case", golden_files.cases("dlr_transposedln"))
+def test_the_scalar_norm_is_the_authors(case):
+    golden = golden_files.load(case)
+    norm = stack("scalar", "post").blocks[0].mixer_norm
+    norm.load_state_dict({"scale": golden["param.s"], "shift": golden["param.m"]})
+    x = golden["in.x"].transpose(1, 2).requires_grad_()
+    y = norm(x)
+    (y * golden["in.cotangent"].transpose(1, 2)).sum().backward()
+    assert_close(y.transpose(1, 2), golden["out.y"], 1e-5)
+    assert_close(x.grad.transpose(1, 2), golden["grad.in.x"], 1e-4)
+    assert_close(norm.scale.grad, golden["grad.param.s"], 1e-4)
+    assert_close(norm.shift.grad, golden["grad.param.m"], 1e-4)
+
+
+def test_the_scalar_norm_of_equal_channels_is_finite():
+    norm, x = stack("scalar", "post").blocks[0].mixer_norm, torch.ones(2, 3, 4, requires_grad=True)
+    norm(x).sum().backward()
+    assert torch.isfinite(norm(x)).all()
+    assert torch.isfinite(x.grad).all()
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_batch_norm_in_training_takes_all_positions_and_remembers_them():

@@ -23,6 +23,11 @@ from hippodrome.part import BadInput, OptimRule
 
 Readout = Literal["real", "imag", "sum", "product"]
 
+MANY = 256
+"""With more modes one kernel for the whole batch costs less than the modes of every row, and all channels share its table."""
+_ROTATION = {"real": 1, "imag": -1j, "sum": 1 - 1j}
+"""What W is multiplied by, so that the real part is the read-out."""
+
 
 class DLR(Diagonal):
     """A bank of H diagonal linear RNNs that share their N modes.
@@ -82,15 +87,16 @@ class DLR(Diagonal):
             rate = torch.complex(pair.real, (pair.imag + math.pi).remainder(2 * math.pi) - math.pi)
             w = w[:, first] * w[:, second] * torch.where(first == second, 0.5, 1.0) * -1j
         else:
-            w = w * {"real": 1, "imag": -1j, "sum": 1 - 1j}[self.readout]
+            w = w * _ROTATION[self.readout]
         kept = torch.promote_types(self.W.dtype, torch.complex64)
         return rate.to(kept).repeat(len(w), 1), w.to(kept)
 
     def kernel(self, length: int) -> Tensor:
-        if self.readout != "product":
-            return super().kernel(length)
-        rate, w = self._lambda(self.W.dtype).expand(len(self.W), -1), self._w(self.W.dtype)
-        return mode_kernel(rate, w, length) * mode_kernel(rate, -1j * w, length)
+        """From one table of powers for all channels."""
+        rate, w = self._lambda(self.W.dtype), self._w(self.W.dtype)
+        if self.readout == "product":
+            return mode_kernel(rate, w, length) * mode_kernel(rate, -1j * w, length)
+        return mode_kernel(rate, w * _ROTATION[self.readout], length)
 
     def convolve(
         self,
@@ -101,7 +107,7 @@ class DLR(Diagonal):
         post_gate: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, DiagonalState | None]:
-        if self.readout == "product" and state is None:
+        if state is None and (self.readout == "product" or len(self.omega) > MANY):
             return LTI.convolve(self, u, pre_gate=pre_gate, post_gate=post_gate)
         return super().convolve(u, state, pre_gate=pre_gate, post_gate=post_gate, lengths=lengths)
 

@@ -42,7 +42,8 @@ class DSS(Diagonal):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Diagonal.Config):
-        """Lambda starts at the eigenvalues of HiPPO-LegS' normal part whose imaginary part is positive.
+        """init: Lambda starts at the eigenvalues of HiPPO-LegS' normal part whose imaginary part is positive ("legs"), or at
+        S4D-Lin's -1/2 + i pi n ("lin").
 
         dt starts log-uniform in [dt_min, dt_max]. version: see above.
         imag: "exp" takes the exponential of Lambda_im, "zero" fixes it at zero.
@@ -52,6 +53,7 @@ class DSS(Diagonal):
 
         d_state: int = 64
         version: Literal["exp", "softmax", "clip"] = "exp"
+        init: Literal["legs", "lin"] = "legs"
         imag: Literal["plain", "exp", "zero"] = "plain"
         length: int = 1024
         scale: bool = True
@@ -65,15 +67,21 @@ class DSS(Diagonal):
                 raise BadInput(f"d_state {self.d_state} and length {self.length} must be at least 1")
             if not 0 < self.dt_min <= self.dt_max:
                 raise BadInput(f"the time steps [{self.dt_min}, {self.dt_max}] are no range: 0 < dt_min <= dt_max")
+            if self.init == "lin" and self.imag == "exp":
+                raise BadInput(
+                    "init 'lin' begins with a mode that does not turn, which imag 'exp' cannot hold: take imag='plain'"
+                )
             if self.version == "softmax" and not self.scale:
                 raise BadInput("version 'softmax' is its scale: take scale=True, or version 'exp'")
 
     def __init__(self, config: Config, channels: int) -> None:
         super().__init__()
         self.config = config
-        start = nplr("legs", 2 * config.d_state).w.conj()
-        real = torch.tensor(start.real.tolist())
-        imag = torch.tensor(start.imag.tolist())
+        if config.init == "lin":
+            real, imag = torch.full((config.d_state,), -0.5), math.pi * torch.arange(config.d_state).float()
+        else:
+            start = nplr("legs", 2 * config.d_state).w.conj()
+            real, imag = torch.tensor(start.real.tolist()), torch.tensor(start.imag.tolist())
         if config.imag == "zero":
             imag = torch.zeros_like(imag)
         log_dt = torch.empty(channels).uniform_(math.log(config.dt_min), math.log(config.dt_max))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hippodrome.lti.dlr import DLR
 from hippodrome.mixers.ssm import SSM
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -36,3 +39,13 @@ def dlr(
 def synthetic(*, language: Language = PAPER) -> RunConfig:
     """DLR of 64 modes on a synthetic language, in the blocks that the H3 paper gives its systems."""
     return _synthetic(SSM.Config(system=DLR.Config(d_state=64), glu=False), language)
+
+
+def atomic(*, d_state: int = 4096, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """DLR on an atomic task, as its paper trains it.
+
+    Args:
+        d_state: Modes, shared by the channels.
+    """
+    system = DLR.Config(d_state=d_state, dt_min=1e-5, dt_max=1e-5)
+    return _atomic(SSM.Config(system=system, glu=False), exercise, lr=1e-4)

@@ -10,6 +10,9 @@ from hippodrome.mixers.gss import GSS
 from hippodrome.model import Mixer
 from hippodrome.part import BadInput
 from hippodrome.patterns import Chunk
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -83,3 +86,12 @@ def _without_mlps(
     blocks = config.model.blocks
     bare = tuple(replace(block, channel=None) if isinstance(block.mixer, GSS.Config) else block for block in blocks)
     return replace(config, model=replace(config.model, blocks=bare))
+
+
+def atomic(*, d_state: int = 512, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """GSS on an atomic task of DLR's paper.
+
+    Args:
+        d_state: Modes of a layer's system.
+    """
+    return _atomic(GSS.Config(d_state=d_state), exercise, lr=1e-3)

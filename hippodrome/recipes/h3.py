@@ -5,6 +5,9 @@ from __future__ import annotations
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.part import BadInput
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -86,3 +89,12 @@ def no_shift(*, language: Language = PAPER) -> RunConfig:
 
 def _paper_placement(n_layer: int) -> tuple[int, ...]:
     return tuple(layer for layer in (1, 1 + n_layer // 2) if layer < n_layer)
+
+
+def atomic(*, d_state: int = 64, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """H3 on an atomic task of DLR's paper.
+
+    Args:
+        d_state: States of both systems of H3.
+    """
+    return _atomic(H3.Config(d_state=d_state), exercise, lr=1e-3)

@@ -6,6 +6,9 @@ from typing import Literal
 
 from hippodrome.mixers.linear_attention import Elu, Favor, Fourier, LinearAttention, Rectified
 from hippodrome.part import BadInput
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
@@ -40,3 +43,12 @@ def linear_transformer(
     mixers = [LinearAttention.Config(n_head=n_head, features=_FEATURES[features])] * n_layer
     learned = positions == "learned"
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout, learned_positions=learned)
+
+
+def atomic(*, n_head: int = 4, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """Linear attention on an atomic task of DLR's paper, without positions but those of the task.
+
+    Args:
+        n_head: Attention heads.
+    """
+    return _atomic(LinearAttention.Config(n_head=n_head), exercise, lr=1e-3)

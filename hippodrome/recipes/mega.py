@@ -7,6 +7,9 @@ from typing import Literal
 
 from hippodrome.channels.mlp import Mlp
 from hippodrome.mixers.mega import Mega
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -95,6 +98,15 @@ def chunked(
 def synthetic(*, language: Language = PAPER) -> RunConfig:
     """Mega on a synthetic language, in the blocks that the H3 paper gives its systems."""
     return _synthetic(Mega.Config(d_key=16), language)
+
+
+def atomic(*, d_state: int = 16, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """Mega on an atomic task of DLR's paper, its attention over all.
+
+    Args:
+        d_state: Averages of a channel.
+    """
+    return _atomic(Mega.Config(d_state=d_state), exercise, lr=1e-3)
 
 
 def _language_model(

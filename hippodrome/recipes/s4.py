@@ -6,6 +6,9 @@ from typing import Literal
 
 from hippodrome.lti.s4 import S4
 from hippodrome.mixers.ssm import SSM
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
@@ -35,3 +38,12 @@ def s4(
     """
     system = S4.Config(d_state=d_state, init=init, length=text.length, n_ssm=n_ssm)
     return language_model([SSM.Config(system=system)] * n_layer, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def atomic(*, d_state: int = 64, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """S4 on an atomic task of DLR's paper.
+
+    Args:
+        d_state: States of a channel's system, which a dense matrix of HiPPO starts.
+    """
+    return _atomic(SSM.Config(system=S4.Config(d_state=d_state, length=exercise.length), glu=False), exercise, lr=1e-3)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -40,3 +43,12 @@ def synthetic(*, language: Language = PAPER) -> RunConfig:
     """
     system = S4D.Config(init="inv", disc="zoh", n_ssm=1, train_B=False)
     return _synthetic(SSM.Config(system=system, glu=False), language)
+
+
+def atomic(*, d_state: int = 4096, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """S4D-Lin on an atomic task of DLR's paper, with DLR's number of states.
+
+    Args:
+        d_state: States of a channel's system.
+    """
+    return _atomic(SSM.Config(system=S4D.Config(d_state=d_state), glu=False), exercise, lr=1e-3)

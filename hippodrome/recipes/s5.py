@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from hippodrome.mixers.s5 import S5
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -37,3 +40,13 @@ def s5(
 def synthetic(*, language: Language = PAPER) -> RunConfig:
     """S5 of 64 states on a synthetic language, in the blocks that the H3 paper gives its systems; that paper has no S5."""
     return _synthetic(S5.Config(d_state=64), language)
+
+
+def atomic(*, d_state: int = 256, hippo_blocks: int = 8, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """S5 on an atomic task of DLR's paper.
+
+    Args:
+        d_state: States of a layer's one system, half of them kept.
+        hippo_blocks: HiPPO matrices that the system starts from, side by side.
+    """
+    return _atomic(S5.Config(d_state=d_state, blocks=hippo_blocks), exercise, lr=1e-3)

@@ -6,6 +6,9 @@ from typing import Literal
 
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
+from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
+from hippodrome.recipes._atomic import Exercise
+from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
@@ -46,3 +49,16 @@ def transformer(
 def synthetic(*, language: Language = PAPER) -> RunConfig:
     """Attention with one head and learned positions on a synthetic language (the H3 paper: 100 on both)."""
     return _synthetic(Attention.Config(n_head=1, dropout=0.1), language, learned_positions=True)
+
+
+def atomic(*, n_head: int = 4, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+    """Attention on an atomic task, as DLR's paper trains it: rotary positions and no MLP.
+
+    Args:
+        n_head: Attention heads.
+    """
+    if n_head < 1 or exercise.d_model % n_head:
+        raise BadInput(f"n_head {n_head} does not divide d_model {exercise.d_model}")
+    attention = Attention.Config(n_head=n_head, rotary_dim=exercise.d_model // n_head)
+    # The paper's rate for mips is DLR's.
+    return _atomic(attention, exercise, lr=1e-4 if exercise.task == "mips" else 1e-3)

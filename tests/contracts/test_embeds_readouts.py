@@ -14,7 +14,8 @@ from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pair import Pair
 from hippodrome.readouts.pool import Pool
 from hippodrome.readouts.positions import Positions
-from hippodrome.task import Batch
+from hippodrome.readouts.regression import Regression
+from hippodrome.task import IGNORE, Batch
 from tests.support import assert_builds_on_meta, assert_close, assert_gradients, assert_survives_json, build
 
 D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 4, 5, 11, 2, 4
@@ -26,6 +27,7 @@ READOUTS = (
     *(Pair.Config(classes=CLASSES, how=how) for how in ("mean", "last")),
     # The targets here are all of one class, so that balancing changes nothing.
     *(Positions.Config(classes=CLASSES, balanced=balanced) for balanced in (False, True)),
+    *(Regression.Config(), Regression.Config(outputs=3)),
 )
 
 embeds = pytest.mark.parametrize("config", EMBEDS, ids=lambda config: part_name(config.part))
@@ -45,7 +47,20 @@ def readout_of(config):
 
 def batch_for(readout, lengths=None):
     logits = readout(torch.zeros(BATCH, LENGTH, D))
-    return Batch(torch.zeros(BATCH, LENGTH), torch.ones(logits.shape[:-1], dtype=torch.int64), lengths)
+    if isinstance(readout, Regression):
+        targets = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        targets[0, 1:3] = torch.nan
+    else:
+        targets = torch.ones(logits.shape[:-1], dtype=torch.int64)
+    return Batch(torch.zeros(BATCH, LENGTH), targets, lengths)
+
+
+def loss_of(logits, batch):
+    """The loss by torch, of the targets asked for."""
+    asked = batch.asked
+    if batch.targets.is_floating_point():
+        return torch.nn.functional.mse_loss(logits[asked], batch.targets[asked], reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[asked], batch.targets[asked], reduction="sum")
 
 
 @pytest.mark.parametrize(("slot", "configs"), [(Embed, EMBEDS), (Readout, READOUTS)])
@@ -96,14 +111,25 @@ def test_embed_config_and_meta(config):
 
 
 @readouts
-def test_loss_is_the_cross_entropy_of_what_forward_says(config):
+def test_loss_is_that_of_what_forward_says(config):
+    """The cross entropy, or the squared errors of a regression."""
     readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D)
     batch = batch_for(readout, torch.tensor([5, 2, 4, 1]))
-    nats, count = readout.loss(hidden, batch)
-    logits = readout(hidden, batch.lengths)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum")
-    assert_close(nats, expected)
-    assert count == batch.targets.numel()
+    total, count = readout.loss(hidden, batch)
+    assert_close(total, loss_of(readout(hidden, batch.lengths), batch))
+    assert count == batch.asked.sum() > 0
+
+
+@readouts
+def test_nothing_asked_is_no_loss_and_no_gradient(config):
+    readout, hidden = readout_of(config), torch.randn(BATCH, LENGTH, D, requires_grad=True)
+    batch = batch_for(readout)
+    unasked = torch.nan if batch.targets.is_floating_point() else IGNORE
+    total, count = readout.loss(hidden, Batch(batch.inputs, torch.full_like(batch.targets, unasked)))
+    total.backward()
+    assert count == 0
+    assert total == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 @readouts

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 
 import pytest
@@ -11,9 +12,16 @@ from torch.nn import functional as F
 
 from hippodrome.part import find, from_dict, names, to_dict
 from hippodrome.task import IGNORE, Batch, Task
+from tests.support import tiny, variants
 from tests.tasks.cifar import write_cifar
 
-TASKS = names("tasks")
+
+def _tasks():
+    """Every task as it is, and the VARIANTS of its own test file, which are configs."""
+    for name in names("tasks"):
+        yield pytest.param((name, None), id=name)
+        for number, config in enumerate(variants("tasks", name), start=1):
+            yield pytest.param((name, config), id=f"{name}-{number}")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +44,15 @@ def small(tmp_path_factory):
         yield values
 
 
-@pytest.fixture(params=TASKS)
-def config(request, small):
-    kind = find(Task, request.param).Config
+@pytest.fixture(params=_tasks())
+def config(request, small, tmp_path_factory):
+    name, variant = request.param
+    kind = find(Task, name).Config
     known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in small.items() if name in known})
+    values = {name: value for name, value in small.items() if name in known}
+    # A task that reads files has its own test file write some.
+    values |= tiny("tasks", name)(tmp_path_factory.mktemp(name))
+    return kind(**values) if variant is None else dataclasses.replace(variant, **values)
 
 
 @pytest.fixture
@@ -48,11 +60,15 @@ def task(config) -> Task:
     return config.build()
 
 
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Bit by bit; NaN, where a regression asks nothing, equals itself."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def same(one: Batch, other: Batch) -> bool:
-    return all(
-        (a is None) == (b is None) and (a is None or torch.equal(a, b))
-        for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
-    )
+    return all(equal(a, b) for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True))
 
 
 def half(batch: Batch, rows: slice) -> Batch:
@@ -65,8 +81,19 @@ def width(task: Task) -> int:
     return 1 + max(int(task.batch(split, 0, 16).targets.max()) for split in ("train", "valid", "test")) + 3
 
 
-def perfect(batch: Batch, classes: int) -> Tensor:
-    return 50.0 * F.one_hot(batch.targets.where(batch.targets != IGNORE, 0), classes).float()
+def regresses(batch: Batch) -> bool:
+    return batch.targets.is_floating_point()
+
+
+def perfect(task: Task, batch: Batch) -> Tensor:
+    """What a model that knows the answer says."""
+    answers = batch.targets.where(batch.asked, 0)
+    return answers if regresses(batch) else 50.0 * F.one_hot(answers, width(task)).float()
+
+
+def guessed(task: Task, batch: Batch) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch.targets.shape) if regresses(batch) else torch.randn(*batch.targets.shape, width(task))
 
 
 def totals(task: Task, logits: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
@@ -74,7 +101,7 @@ def totals(task: Task, logits: Tensor, batch: Batch) -> dict[str, tuple[float, f
 
 
 def test_a_part_lies_in_the_folder():
-    assert {"induction", "lm", "recall"} <= set(TASKS)
+    assert {"atomic", "induction", "lm", "recall"} <= set(names("tasks"))
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -89,11 +116,29 @@ def test_the_same_index_is_the_same_batch(config, split):
 def test_a_batch_has_the_shapes_it_promises(task):
     for split in ("train", "valid", "test"):
         batch = task.batch(split, 0, 4)
-        assert batch.targets.dtype == torch.int64
         assert len(batch.inputs) == len(batch.targets) == 4
-        assert batch.inputs.dtype == torch.int64 or batch.inputs.is_floating_point()
-        assert ((batch.targets >= 0) | (batch.targets == IGNORE)).all()
-        assert (batch.targets != IGNORE).reshape(4, -1).any(1).all(), "a row that asks nothing"
+        assert batch.inputs.dtype in (torch.int64, torch.float32)
+        assert batch.inputs.dtype == torch.int64 or batch.inputs.isfinite().all()
+        assert batch.asked.reshape(4, -1).any(1).all(), "a row that asks nothing"
+        if regresses(batch):
+            assert batch.targets.dtype == torch.float32
+            assert batch.targets.dim() == 3
+            assert batch.targets.shape[:2] == batch.inputs.shape[:2]
+            assert batch.targets[batch.asked].isfinite().all()
+        else:
+            assert batch.targets.dtype == torch.int64
+            assert batch.targets.shape in (batch.inputs.shape[:1], batch.inputs.shape[:2])
+            assert ((batch.targets >= 0) | (batch.targets == IGNORE)).all()
+
+
+def test_training_that_never_ends_does_not_depend_on_the_batch_size(task):
+    if task.size("train") is not None:
+        pytest.skip("this training split has epochs")
+    whole, parts = task.batch("train", 1, 6), [task.batch("train", index, 2) for index in (3, 4, 5)]
+    assert equal(whole.inputs, torch.cat([part.inputs for part in parts]))
+    assert equal(whole.targets, torch.cat([part.targets for part in parts]))
+    seen = [task.batch(split, 0, 20).inputs.flatten(1).tolist() for split in ("train", "valid", "test")]
+    assert len({tuple(row) for rows in seen for row in rows}) == 60, "a row is drawn twice, or by two splits"
 
 
 def test_training_goes_through_all_rows_in_an_order_of_the_epoch(task):
@@ -114,15 +159,14 @@ def test_a_scored_split_ends_where_its_size_says(task, split):
     whole = task.batch(split, 0, rows + 5)
     assert len(whole.inputs) == rows
     one_by_one = torch.cat([task.batch(split, n, 1).targets for n in range(rows)])
-    assert torch.equal(one_by_one, whole.targets)
+    assert equal(one_by_one, whole.targets)
     with pytest.raises(IndexError):
         task.batch(split, rows, 1)
 
 
 def test_scores_sum_over_shards(task):
     batch = task.batch("test", 0, 7)
-    torch.manual_seed(0)
-    logits = torch.randn(*batch.targets.shape, width(task))
+    logits = guessed(task, batch)
     whole = totals(task, logits, batch)
     parts = [totals(task, logits[rows], half(batch, rows)) for rows in (slice(0, 3), slice(3, 7))]
     for name, (total, count) in whole.items():
@@ -132,22 +176,32 @@ def test_scores_sum_over_shards(task):
 
 def test_the_right_answer_scores_best_and_a_wrong_one_worst(task):
     batch = task.batch("test", 0, 7)
-    classes = width(task)
-    right = perfect(batch, classes)
-    torch.manual_seed(0)
-    logits = {"right": right, "wrong": -right, "none": torch.randn(right.shape)}
+    right = perfect(task, batch)
+    wrong = right - 100 if regresses(batch) else -right
+    logits = {"right": right, "wrong": wrong, "none": guessed(task, batch)}
     scores = {name: task.report(totals(task, value, batch)) for name, value in logits.items()}
     sign = 1 if task.higher_is_better else -1
     found = {name: sign * score[task.headline] for name, score in scores.items()}
     assert found["right"] > found["none"] >= found["wrong"]
     assert scores["right"]["loss"] == pytest.approx(0, abs=1e-4)
     assert scores["right"].get("accuracy", 1.0) == 1.0
+    assert scores["right"].get("r2", 1.0) == 1.0
+
+
+def test_floors_are_scores_that_a_right_answer_beats(task):
+    batch = task.batch("test", 0, 7)
+    best = task.report(totals(task, perfect(task, batch), batch))[task.headline]
+    for name, value in task.floors().items():
+        assert isinstance(value, float)
+        assert math.isfinite(value)
+        assert value < best if task.higher_is_better else value > best, name
 
 
 def test_scores_take_half_precision_and_count_nothing_that_is_not_asked(task):
     batch = task.batch("test", 0, 4)
-    logits = torch.randn(*batch.targets.shape, width(task)).bfloat16()
-    nothing = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE))
+    logits = guessed(task, batch).bfloat16()
+    unasked = math.nan if regresses(batch) else IGNORE
+    nothing = dataclasses.replace(batch, targets=torch.full_like(batch.targets, unasked))
     assert all(count == 0 and total == 0 for total, count in totals(task, logits, nothing).values())
     wide, narrow = totals(task, logits.float(), batch), totals(task, logits, batch)
     for name, pair in wide.items():

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hippodrome.lti.dlr import DLR
+from hippodrome.lti._base import Diagonal
+from hippodrome.lti.dlr import DLR, MANY
 from hippodrome.mixers.ssm import SSM
 from hippodrome.part import BadInput
 from tests.golden_files import cases, load, relative_error
@@ -15,6 +16,7 @@ VARIANTS = (
     DLR.Config(d_state=9, readout="sum", init="random", skip=False),
     DLR.Config(d_state=6, readout="imag", real_weights=True),
     DLR.Config(d_state=6, eigenvalues="real"),
+    DLR.Config(d_state=MANY + 1),
 )
 
 KERNELS = cases("dlr_kernel")
@@ -190,3 +192,20 @@ def test_bad_settings_are_one_clear_line(settings, word):
     with pytest.raises(BadInput, match=word) as caught:
         DLR.Config(**settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("readout", ["real", "sum"])
+def test_many_modes_take_one_kernel_for_all_rows(readout):
+    """As the op has it that few modes take, in values and gradients."""
+    torch.manual_seed(0)
+    system = DLR.Config(d_state=MANY + 1, readout=readout).build(3)
+    u, cotangent = torch.randn(2, 3, 100, requires_grad=True), torch.randn(2, 3, 100)
+    found = []
+    for convolve in (system.convolve, lambda u: Diagonal.convolve(system, u)):
+        system.zero_grad()
+        u.grad = None
+        y = convolve(u)[0]
+        (y * cotangent).sum().backward()
+        found.append({"y": y, "u": u.grad, **{name: p.grad.clone() for name, p in system.named_parameters()}})
+    for name, value in found[1].items():
+        assert relative_error(found[0][name], value) < 2e-5, name

@@ -13,6 +13,7 @@ VARIANTS = (
     DSS.Config(d_state=5, imag="exp", separate_dt=True, skip=False),
     DSS.Config(d_state=5, version="clip", scale=False),
     DSS.Config(d_state=3, imag="zero"),
+    DSS.Config(d_state=4, init="lin"),
 )
 
 KERNELS = cases("dlr_dsskernel")
@@ -122,6 +123,12 @@ def test_the_softmax_of_a_mode_sums_to_one_over_its_length():
     assert relative_error(system.kernel(37), expected) < 1e-4
 
 
+def test_lin_starts_at_s4ds_modes():
+    system = DSS.Config(d_state=4, init="lin").build(2)
+    torch.testing.assert_close(-system.Lambda_re.exp(), torch.full((4,), -0.5))
+    torch.testing.assert_close(system.Lambda_im, torch.pi * torch.arange(4.0))
+
+
 def test_starts_at_the_eigenvalues_of_hippo():
     system = DSS.Config(d_state=8).build(2)
     skew = torch.ones(16, 16).tril(-1) * torch.outer(*[(2 * torch.arange(16.0) + 1).sqrt()] * 2)
@@ -132,7 +139,12 @@ def test_starts_at_the_eigenvalues_of_hippo():
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"d_state": 0}, "d_state"), ({"dt_min": 0.0}, "dt_min"), ({"version": "softmax", "scale": False}, "scale=True")],
+    [
+        ({"d_state": 0}, "d_state"),
+        ({"dt_min": 0.0}, "dt_min"),
+        ({"version": "softmax", "scale": False}, "scale=True"),
+        ({"init": "lin", "imag": "exp"}, "imag='plain'"),
+    ],
 )
 def test_bad_settings_are_one_clear_line(settings, word):
     with pytest.raises(BadInput, match=word) as caught:

@@ -9,15 +9,19 @@ from hippodrome.compare import count_parameters
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Chunk
 from hippodrome.recipes import find_recipe, recipes
+from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes._lra import Budget, Size
 from hippodrome.recipes._synthetic import Language
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.task import Batch
+from hippodrome.train import train
 
 LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(find_recipe(name)).parameters]
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
-SPREAD = ("text", "train", "language", "trees", "size", "budget")
+SIGNALS = [name for name in recipes() if "body" in inspect.signature(find_recipe(name)).parameters]
+ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
+SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body")
 """Parameters that are dataclasses: their fields are the flags, each with its own help."""
 CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]
 OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder_segmentation"]
@@ -28,8 +32,12 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"linear_transformer"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     wanted |= {"lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
-    assert set(LANGUAGE_MODELS) | set(SYNTHETIC) | set(CLASSIFIERS) | set(OF_IMAGES) | {"listops_subtrees"} == set(recipes())
+    wanted |= {"signals.image", "signals.waveform", "signals.dna"}
+    systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
+    wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
+    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS)
+    assert {name for group in groups for name in group} == set(recipes())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -124,6 +132,58 @@ def test_the_synthetic_h3_has_the_papers_size():
 def test_only_the_transformer_has_positions_in_the_synthetic_race():
     positions = {name: find_recipe(name)().model.embed.positions for name in SYNTHETIC}
     assert positions == {**dict.fromkeys(SYNTHETIC, 0), "transformer.synthetic": 32}
+
+
+@pytest.mark.parametrize("name", ATOMIC)
+def test_an_atomic_recipe_is_one_post_norm_layer_that_fits_its_task(name):
+    for task, length in (("shift", 512), ("mips", 64), ("select", 100), ("reverse", 64)):
+        config = find_recipe(name)(exercise=Exercise(task=task, length=length, seed=3))
+        model, train = config.model, config.train
+        (block,) = model.blocks
+        assert (model.d_model, block.norm, block.order, block.channel) == (128, "scalar", "post", None)
+        assert (model.embed.channels, model.readout.outputs) == (config.task.channels, config.task.outputs)
+        assert (train.schedule, train.warmup, train.weight_decay, train.clip, train.seed) == ("constant", 0.0, 0.0, None, 3)
+        assert train.steps * train.batch_size == 12 * 57_600
+        assert config.task.seed == 0
+
+
+@pytest.mark.parametrize("name", ATOMIC)
+def test_an_atomic_recipe_learns_from_a_batch(name):
+    config = find_recipe(name)(exercise=Exercise(task="context_shift", length=16, d_model=8))
+    torch.manual_seed(0)
+    model, batch = config.model.build(), config.task.build().batch("train", 0, 2)
+    loss = model.loss(batch).total
+    loss.backward()
+    assert 0 < float(loss.detach()) < 10
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", ["shift", "select"])
+def test_an_atomic_task_trains_as_one_cuda_graph(tmp_path, task):
+    reports, sizes = [], {"length": 64, "d_model": 16, "steps": 6, "batch_size": 4, "test_rows": 8}
+    for graph in (False, True):
+        exercise = Exercise(task=task, device="cuda", cuda_graph=graph, **sizes)
+        reports.append(train(find_recipe("dlr.atomic")(d_state=300, exercise=exercise), tmp_path / f"{graph}"))
+    eager, graphed = (report["scores"]["test"] for report in reports)
+    assert graphed == pytest.approx(eager, rel=1e-3, abs=1e-4)
+
+
+def test_the_atomic_dlr_is_the_papers():
+    config = find_recipe("dlr.atomic")(exercise=Exercise(length=4096))
+    system = config.model.blocks[0].mixer.system
+    assert (system.d_state, system.dt_min, system.dt_max, config.train.lr) == (4096, 1e-5, 1e-5, 1e-4)
+    assert not config.model.blocks[0].mixer.glu
+    assert (config.train.batch_size, config.train.steps) == (16, 43_200)
+    long = find_recipe("dlr.atomic")(exercise=Exercise(length=2**14, d_model=32, lr=1e-5))
+    assert (long.train.batch_size, long.train.lr, long.model.d_model) == (4, 1e-5, 32)
+
+
+def test_atomic_systems_have_the_papers_learning_rates():
+    rates = {name: find_recipe(name)().train.lr for name in ATOMIC}
+    assert rates["dlr.atomic"] == 1e-4
+    assert rates["dss.atomic"] == rates["transformer.atomic"] == 1e-3
+    assert find_recipe("transformer.atomic")(exercise=Exercise(task="mips")).train.lr == 1e-4
 
 
 def test_unknown_names_get_the_nearest():

@@ -38,7 +38,8 @@ def mode_powers(log_modes: Tensor, length: int) -> Tensor:
 def mode_kernel(log_modes: Tensor, weights: Tensor, length: int) -> Tensor:
     """The impulse response Re sum_n weights_n exp(l log_modes_n), l < length: (..., H, N) complex -> (..., H, length) real.
 
-    One matrix product of the two tables a channel, so that N x length powers never exist.
+    One matrix product of the two tables a channel, so that N x length powers never exist. Channels that share their modes
+    give log_modes (N,), and share the tables.
     """
     coarse, fine = _coarse_and_fine(log_modes, length)
     weighted = weights.unsqueeze(-1) * coarse

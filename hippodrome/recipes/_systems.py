@@ -1,0 +1,43 @@
+"""A mixer by name: one of mixers/, or one of lti/ in S4's layer, with what it must know of the model around it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from hippodrome.lti._base import LTI
+from hippodrome.mixers.ssm import SSM
+from hippodrome.model import Mixer
+from hippodrome.part import BadInput, find, names, nearest
+from hippodrome.patterns import Full
+
+
+def mixer_named(name: str, *, d_model: int, length: int, bidirectional: bool) -> Mixer.Config:
+    """The default config of a mixer or system. Attention is rotary; a system that knows a length knows this one.
+
+    Raises `BadInput` for a name that is none, and for one that cannot look both ways.
+    """
+    if name in names("lti"):
+        system = find(LTI, name).Config()
+        known: dict[str, Any] = {"length": length} if _has(system, "length") else {}
+        return SSM.Config(system=replace(system, **known), bidirectional=bidirectional)
+    if name not in names("mixers"):
+        raise BadInput(f"no system is called {name!r}: {nearest(name, [*names('mixers'), *names('lti')])}")
+    config = find(Mixer, name).Config()
+    changes: dict[str, Any] = {}
+    if _has(config, "rotary_dim"):
+        heads: int = getattr(config, "n_head", 1)
+        if d_model % (2 * heads):
+            raise BadInput(f"d_model is {d_model}: rotary positions of {heads} heads need a multiple of {2 * heads}")
+        changes["rotary_dim"] = d_model // heads
+    if bidirectional:
+        both_ways = {"bidirectional": True, "pattern": Full(), "causal": False}
+        switch = next((field for field in both_ways if _has(config, field)), None)
+        if switch is None:
+            raise BadInput(f"{name} looks one way only: leave bidirectional off")
+        changes[switch] = both_ways[switch]
+    return replace(config, **changes)
+
+
+def _has(config: Any, name: str) -> bool:
+    return name in {field.name for field in fields(config)}
