@@ -201,15 +201,15 @@ def bench(
     A flag that is not given is the subject's own choice for the device; one that it does not know is refused.
 
     Args:
-        subject: diagonal_ssm, long_conv, h3, scan, train, generate or lra.
-        lengths: Tokens of a row, or of a prompt.
+        subject: diagonal_ssm, long_conv, h3, linear_attention, scan, train, generate, state or lra.
+        lengths: Tokens of a row, of a prompt, or before a step.
         tokens: Tokens of a batch, kept at every length.
         batch: Rows, instead of as many as make the tokens.
         channels: Channels, or the width of a model.
         layers: Blocks of a model.
-        modes: Complex modes of a channel.
+        modes: Complex modes of a channel; of the models of `state`, states.
         taps: Taps of a short or long kernel; of long_conv by default as many as tokens.
-        head_dim: Channels of an H3 head.
+        head_dim: Channels of a head of H3 or of linear attention.
         vocabulary: Ids of a language model.
         new_tokens: Tokens generated after a prompt.
         bidirectional: Classifiers of lra that look both ways.
@@ -222,14 +222,15 @@ def bench(
         device: auto, cpu, cuda, cuda:1 and so on.
         seed: Of the inputs.
         out: The folder of SUBJECT_DEVICE.json and its picture.
-        tune: Instead, measure anew the table by which long_conv chooses its algorithm.
+        tune: Instead, measure anew the table by which long_conv chooses its algorithm; with --lengths, --dtype or --ways
+            (toeplitz, partitioned, fft, block_fft) only those, beside what the table has.
     """
     from hippodrome import bench as timing
     from hippodrome.devices import choose_device
 
     where = choose_device(device)
     if tune:
-        print(f"{timing.tune(where, progress=_say)} is written")
+        print(f"{timing.tune(where, lengths=lengths or (), dtype=dtype, paths=ways, progress=_say)} is written")
         return
     settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
     settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}

@@ -1,7 +1,8 @@
 """Timings beside peers, each behind a check: no speed without a number, and no number without its JSON.
 
 A subject is a file of this folder whose name does not begin with an underscore: `rows` yields its rows and its keyword
-arguments are the flags it takes, `WAYS` names what is timed, `targets` the ratios it was to reach.
+arguments are the flags it takes, `WAYS` names what is timed, `targets` the ratios it was to reach; `draw`, if it has one, makes
+its picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hippodrome.bench._measure import OURS, TOLERANCE, Bench, Row
+from hippodrome.bench._measure import DTYPES, OURS, TOLERANCE, Bench, Row
 from hippodrome.bench._report import Report, draw, save
 from hippodrome.bench._report import path_of as path_of
 from hippodrome.bench._report import ratio_lines as ratio_lines
@@ -73,17 +74,41 @@ def bench(
     if not rows:
         raise BadInput(f"{subject} has nothing to time on {device} with these settings: {', '.join(module.WAYS)} are its ways")
     if out is not None:
-        draw(report, path.with_suffix(".png"))
+        getattr(module, "draw", draw)(report, path.with_suffix(".png"))
     return report
 
 
-def tune(device: torch.device, *, progress: Callable[[str], None] | None = None) -> Path:
-    """Measure anew the table by which `long_conv` chooses its algorithm on this GPU. Returns the table's path."""
+def tune(
+    device: torch.device,
+    *,
+    lengths: Sequence[int] = (),
+    dtype: str | None = None,
+    paths: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Measure the table by which `long_conv` chooses its algorithm on this GPU. Returns the table's path.
+
+    All of it anew; or with lengths, a dtype or paths (toeplitz, partitioned, fft, block_fft) those alone. Raises `BadInput` for
+    what is not known.
+    """
+    from hippodrome.ops.long_conv import _table
+
+    _fitting("long_conv", find_subject("long_conv"), {"lengths": lengths or None, "dtype": dtype})
+    for length in lengths:
+        if length not in _table.LENGTHS:
+            # There a path measured alone would have no other beside it.
+            near = min(_table.LENGTHS, key=lambda known: abs(known - length))
+            known = ", ".join(map(str, _table.LENGTHS))
+            raise BadInput(f"the table has no length {length}: it has {known}; {near} is the nearest")
+    for name in paths:
+        if name not in _table.PATHS:
+            raise BadInput(f"long_conv has no path {name!r}: {nearest(name, _table.PATHS)}")
     if device.type != "cuda":
         raise BadInput(f"the table that tune measures is for GPUs, not for {device}")
     from hippodrome.ops.long_conv import triton
 
-    return triton.tune(device, progress=progress)
+    dtypes = [DTYPES[dtype]] if dtype else []
+    return triton.tune(device, lengths=lengths, dtypes=dtypes, paths=paths, progress=progress)
 
 
 def differing(report: Report) -> list[str]:

@@ -250,7 +250,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 class Expected:
-    """What a function of (B, H, L) signals and (H, ...) parameters gives for a few channels, and its gradients, in float64.
+    """What a function of signals (B, H, L) or (B, H, L, K) and parameters (H, ...) gives for a few channels, and its gradients,
+    in float64.
 
     Channels (heads, where channels come in heads) do not depend on each other, so a few of them check a call of full size:
     the very call that is timed, at the price of a small one. Called with (y, *gradients), it returns the largest difference.
@@ -278,7 +279,7 @@ class Expected:
 
     def _pick(self, t: Tensor) -> Tensor:
         """Signals have their channels on axis 1, parameters on axis 0; several channels may make one head."""
-        axis = 1 if t.dim() == 3 else 0
+        axis = 1 if t.dim() >= 3 else 0
         t = t.detach().unflatten(axis, (self._heads, -1))
         return t.index_select(axis, self._chosen).flatten(axis, axis + 1)
 

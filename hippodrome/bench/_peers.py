@@ -85,6 +85,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return chunk_linear_attn(q, k, v, normalize=False)[0]
 
 
+def normalised_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """fla's causal linear attention, normalised, over (B, heads, L, width)."""
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return chunk_linear_attn(*(t.transpose(1, 2) for t in (q, k, v)), normalize=True)[0].transpose(1, 2)
+
+
 def last_token_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the last query of the first row's first head takes in linear attention, in float64: (width,)."""
     last, keys, values = q[0, -1, 0].double(), k[0, :, 0].double(), v[0, :, 0].double()

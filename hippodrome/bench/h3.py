@@ -81,7 +81,7 @@ def _at(
             yield bench.measure(replace(row, way=COPY), bench.copy(row.bytes))
     yield from _h3_rows(bench, rows_, channels // head_dim, head_dim)
     if channels % HEAD_WIDTH == 0:
-        yield from _attention_rows(bench, rows_, channels // HEAD_WIDTH)
+        yield from attention_rows(bench, rows_, channels // HEAD_WIDTH, HEAD_WIDTH)
 
 
 def _h3_rows(bench: Bench, rows_: dict[str, Row], heads: int, head_dim: int) -> Iterator[Row]:
@@ -108,18 +108,19 @@ def _h3_rows(bench: Bench, rows_: dict[str, Row], heads: int, head_dim: int) -> 
             yield bench.measure(found, call, expected, backend=chosen if way == OURS else None)
 
 
-def _attention_rows(bench: Bench, rows_: dict[str, Row], heads: int) -> Iterator[Row]:
+def attention_rows(bench: Bench, rows_: dict[str, Row], heads: int, width: int) -> Iterator[Row]:
+    """Softmax attention of every kind that is here, and fla's linear attention, not normalised, in heads of `width`."""
     row = rows_[FORWARD]
     # A query sees half of the keys: two products forward, five backward.
     flops = {FORWARD: 2, BOTH: 7}
-    per_product = row.batch * row.length * row.length * heads * HEAD_WIDTH
+    per_product = row.batch * row.length * row.length * heads * width
     for way, function in _peers.attention_ways(bench).items():
         if bench.wants(way):
-            shape = (row.batch, heads, row.length, HEAD_WIDTH)
+            shape = (row.batch, heads, row.length, width)
             counted = {task: replace(r, flops=flops[task] * per_product) for task, r in rows_.items()}
             yield from _peer_rows(bench, counted, way, function, shape, _peers.last_token_attention, (0, 0, -1))
     if bench.on_gpu and _peers.installed("fla") and bench.wants(LINEAR):
-        shape = (row.batch, row.length, heads, HEAD_WIDTH)
+        shape = (row.batch, row.length, heads, width)
         yield from _peer_rows(bench, rows_, LINEAR, _peers.linear_attention, shape, _peers.last_token_linear, (0, -1, 0))
 
 

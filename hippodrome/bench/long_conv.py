@@ -1,7 +1,8 @@
 """long_conv: the convolution with an arbitrary kernel beside a copy, torch's FFT and FlashFFTConv; gated and not, with memory.
 
 Every channel has a kernel of as many taps as the sequence has tokens (or `taps`). Gradients are those of the inputs, the kernel
-and the gates. torch's FFT is the reference: fp32 spectra of twice the length. A copy moves what must be moved at least.
+and the gates. torch's FFT is the reference: fp32 spectra of twice the length. A copy moves what must be moved at least. Single
+paths of our own ("path block_fft" and so on) are timed where they are asked for, forward and backward by that path alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import hippodrome.bench._peers as _peers
 from hippodrome.bench._measure import BOTH, DTYPES, FORWARD, OURS, Bench, Expected, Row, calls, checked, grid
 from hippodrome.bench._targets import Ratio, memory, ratios
 from hippodrome.ops.long_conv import long_conv
+from hippodrome.ops.long_conv._table import PATHS
+from hippodrome.ops.long_conv.triton import use_path
 
 FFT, FLASH, COPY = "torch FFT", "FlashFFTConv", "copy"
-WAYS = (OURS, FFT, FLASH, COPY)
+PATH = "path "
+WAYS = (OURS, FFT, FLASH, COPY, *(PATH + name for name in PATHS))
 GATED = "gated "
 
 TOKENS = 1 << 17
@@ -70,6 +74,8 @@ def _at(bench: Bench, batch: int, channels: int, length: int, taps: int, dtype: 
         expected = Expected(_plain, inputs, dy, heads=channels)
         for way, function in ways.items():
             call = calls(function, inputs, dy)[task.removeprefix(GATED)]
+            if way.startswith(PATH):
+                call = functools.partial(_by, way.removeprefix(PATH), call)
             gates = {"pre_gate": before, "post_gate": after} if gated else {}
             chosen = functools.partial(long_conv.choose, signal, kernel, **gates)
             yield bench.measure(replace(row, way=way), call, expected, backend=chosen if way == OURS else None)
@@ -79,7 +85,14 @@ def _ways(bench: Bench, full: bool) -> dict[str, Callable[..., Tensor]]:
     ways: dict[str, Callable[..., Tensor]] = {OURS: _ours, FFT: _plain}
     if bench.on_gpu and full and _peers.installed("flashfftconv"):
         ways[FLASH] = _peers.flash_fft_conv
+    if bench.on_gpu and bench.ways:
+        ways |= {PATH + name: _ours for name in PATHS}
     return {way: function for way, function in ways.items() if bench.wants(way)}
+
+
+def _by(path: str, call: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    with use_path(path):
+        return call()
 
 
 def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:

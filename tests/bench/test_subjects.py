@@ -8,7 +8,8 @@ import torch
 from hippodrome import bench as timing
 from hippodrome.bench import _peers, bench, differing, find_subject, subjects
 from hippodrome.bench import long_conv as long_conv_subject
-from hippodrome.bench._measure import BOTH, FORWARD, OURS, TOLERANCE
+from hippodrome.bench import state as state_subject
+from hippodrome.bench._measure import BOTH, FORWARD, OURS, TOLERANCE, Row
 from hippodrome.part import BadInput
 from tests.commands import run
 
@@ -17,12 +18,14 @@ TINY = {
     "diagonal_ssm": {"lengths": (5, 70), "batch": 2, "channels": 6, "modes": 3},
     "generate": {"lengths": (5, 9), "channels": 128, "layers": 2, "new_tokens": 2, "vocabulary": 40},
     "h3": {"lengths": (5, 70), "tokens": 140, "channels": 64, "head_dim": 2, "modes": 3, "taps": 4},
+    "linear_attention": {"lengths": (5, 70), "tokens": 140, "channels": 128, "head_dim": 64},
     "long_conv": {"lengths": (5, 70), "batch": 2, "channels": 6},
     "lra": {"lengths": (8, 16), "tokens": 16, "channels": 8, "layers": 1, "modes": 2},
     "scan": {"lengths": (5, 70), "batch": 2, "channels": 6},
+    "state": {"lengths": (64, 128), "channels": 128, "layers": 1, "modes": 4, "new_tokens": 2, "vocabulary": 40},
     "train": {"lengths": (8, 16), "tokens": 16, "channels": 64, "layers": 2, "vocabulary": 40},
 }
-OPS = ("diagonal_ssm", "h3", "long_conv", "scan")
+OPS = ("diagonal_ssm", "h3", "linear_attention", "long_conv", "scan")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_no_time_of_an_op_without_a_check(found, subject):
 def test_models_state_their_rate(found, subject):
     report, _ = found(subject)
     for row in report.rows:
-        new = row.sizes["new_tokens"] if subject == "generate" else row.length
+        new = {"generate": row.sizes.get("new_tokens"), "state": 1}.get(subject, row.length)
         assert row.more["tokens_per_s"] == pytest.approx(1e3 * row.batch * new / row.ms)
 
 
@@ -147,6 +150,8 @@ REFUSED = {
     "repeats": ("h3", {"repeats": 0}, "repeats is 0"),
     "dtype": ("h3", {"dtype": "bf61"}, "did you mean 'bf16'"),
     "heads": ("h3", {"head_dim": 3, "channels": 64}, "head_dim 3 does not divide 64"),
+    "heads of linear attention": ("linear_attention", {"head_dim": 48, "channels": 64}, "head_dim 48 does not divide 64"),
+    "width of a state's attention": ("state", {"channels": 100}, "multiple of 128"),
     "attention heads": ("train", {"channels": 100}, "multiple of 64"),
     "mode": ("train", {"mode": "blokcs"}, "did you mean 'blocks'"),
 }
@@ -160,9 +165,64 @@ def test_what_cannot_be_timed_is_refused(case, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fixed_states_stay_and_keys_and_values_grow(found):
+    report, _ = found("state")
+    held = {}
+    for row in report.rows:
+        held.setdefault(row.way, []).append(row.more["state_bytes"])
+    # Keys and values of the context, of two new tokens and of the two steps that warm up; the two counters.
+    wide, tokens = TINY["state"]["channels"], (64, 128)
+    assert held.pop(state_subject.TRANSFORMER) == [2 * 4 * wide * (n + 2 + 2) + 8 for n in tokens]
+    assert {"linear attention", "H3", "S4", "S4D", "GSS", "DLR"} <= set(held)
+    for way, (short, long) in held.items():
+        assert short == long, way
+    linear = [ratio.value for ratio in report.ratios if ratio.what.startswith("linear attention: times fewer bytes")]
+    assert linear == pytest.approx([(8 * wide * (n + 4) + 8) / (4 * wide * (128 + 1) + 8) for n in tokens])
+
+
+def test_a_filled_state_has_seen_its_tokens():
+    config = state_subject._models(128, 2, 4, 40)
+    for way in ("H3", "linear attention", state_subject.TRANSFORMER):
+        state = state_subject._filled(config[way].build(), 3, 70, 80)
+        assert state.position.tolist() == [70, 70, 70]
+        for tensor in state.tensors():
+            parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            assert parts.unique().numel() > 1 or parts.eq(70).all(), (way, "what holds zeros was not filled")
+
+
+def test_a_system_without_a_recipe_is_left_out(monkeypatch):
+    systems = {"S4D": ("s4d", {}), "S9": ("s9", {})}
+    monkeypatch.setattr(state_subject, "SYSTEMS", systems)
+    assert list(state_subject._models(128, 1, 4, 40)) == ["S4D", state_subject.TRANSFORMER]
+
+
+def test_a_state_that_is_too_large_misses_its_target():
+    def row(way, held, ms):
+        more = {"tokens_per_s": 1.0, "state_bytes": held}
+        return [Row(way=way, task="a token", length=n, batch=1, ms=ms * n**0.5, more=more) for n in (1024, 16384)]
+
+    found = {ratio.what: ratio for ratio in state_subject.targets(row("DLR", 1.0, 1.0) + row("Transformer", 49.0, 1.0), True)}
+    bytes_, flat = found["DLR: times fewer bytes of state than keys and values"], next(iter(found.values()))
+    assert (bytes_.value, bytes_.met) == (49, False)
+    assert (flat.value, flat.met) == (4, False)
+
+
 def test_tuning_is_for_gpus():
     with pytest.raises(BadInput, match="not for cpu"):
         timing.tune(CPU)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"paths": ["blok_fft"]}, "did you mean 'block_fft'"),
+        ({"lengths": [1000]}, "no length 1000: .* 1024 is the nearest"),
+        ({"dtype": "bf61"}, "did you mean 'bf16'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(part, said):
+    with pytest.raises(BadInput, match=said):
+        timing.tune(CPU, **part)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
-"""Run long_conv's Triton programs in the interpreter and print the errors: `python -m tests.ops.interpreted_long_conv PATH`.
+"""Run long_conv's Triton programs in the interpreter: `python -m tests.ops.interpreted_long_conv PATH SKIPPED...`.
 
-A process of its own, because triton reads TRITON_INTERPRET when it is imported. One line of JSON a case.
+A process of its own, because triton reads TRITON_INTERPRET when it is imported. One line of JSON a case: its name, the errors,
+and those that exact arithmetic makes of inputs cast to the dtype.
 """
 
 import json
@@ -29,6 +30,12 @@ CASES = {
     "bfloat16": {"shape": (2, 1, 256), "taps": 256, "dtype": torch.bfloat16},
     "float16 beyond its range": {"shape": (1, 2, 100), "taps": 100, "gates": True, "dtype": torch.float16, "scale": 3e3},
     "long and two-sided": {"shape": (1, 1, 2500), "taps": 2500, "back": 2500, "gates": True},
+    "a power of two": {"shape": (5, 1, 256), "taps": 256, "back": 256, "gates": True, "dtype": torch.bfloat16},
+    "one more": {"shape": (3, 2, 257), "taps": 257, "back": 256, "gates": True, "dtype": torch.bfloat16},
+    "a thousand": {"shape": (7, 1, 1000), "taps": 1000, "back": 3, "dtype": torch.bfloat16},
+    "four thousand": {"shape": (3, 1, 4095), "taps": 4095, "gates": True, "dtype": torch.float16},
+    "eight thousand": {"shape": (1, 1, 8191), "taps": 8191, "back": 8191, "dtype": torch.float16},
+    "sixteen thousand": {"shape": (2, 1, 16384), "taps": 16384, "gates": True, "dtype": torch.bfloat16},
 }
 
 
@@ -64,6 +71,17 @@ def errors(got, exact):
     return {name: float((got[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact}
 
 
+def nearest(self, handle, dtype):
+    """The interpreter's casts, but to bfloat16 by rounding to the nearest, as the hardware does; it truncates."""
+    if (handle.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
+        return CAST(self, handle, dtype)
+    rounded = torch.from_numpy(np.array(handle.data, dtype=np.float32)).to(torch.bfloat16)
+    return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), interpreter.tl.bfloat16)
+
+
+CAST = interpreter.InterpreterBuilder.cast_impl
+
+
 def wide(handle):
     """The interpreter keeps bfloat16 as bits and would multiply those."""
     if handle.dtype != interpreter.tl.bfloat16:
@@ -74,6 +92,7 @@ def wide(handle):
 def main():
     dot = interpreter.InterpreterBuilder.create_dot
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+    interpreter.InterpreterBuilder.cast_impl = nearest
     backend.DEVICES, backend.forced = ("cpu",), sys.argv[1]
     # Short blocks: as many programs as they have tokens run one after the other here.
     _taps.SCRATCH = 1 << 16
@@ -85,7 +104,9 @@ def main():
             continue
         given = inputs(**case)
         exact = results({key: t.double() for key, t in given.items()}, "reference")
-        print(json.dumps([name, errors(results(given, "triton"), exact)]), flush=True)
+        uncast = inputs(**case | {"dtype": torch.float64})
+        cast = errors(exact, results({key: t.double() for key, t in uncast.items()}, "reference"))
+        print(json.dumps([name, errors(results(given, "triton"), exact), cast]), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,22 @@ def test_sums_go_on_where_half_precision_would_stall(dtype):
     assert relative_error(y, exact) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_late_queries_keep_their_gradients_where_values_have_a_mean(dtype):
+    """What numerators and denominators add cancels up to a fiftieth: y, rounded, must have no part in it."""
+    q, k, v = (t.detach() for t in draw(2000, width=16, values=8, dtype=dtype))
+    v = v + 3
+    dy = torch.randn(v.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def gradient(wanted):
+        given = [t.to(wanted).requires_grad_() for t in (q, k, v)]
+        with use_backend("chunked"):
+            return torch.autograd.grad(linear_attention(*given)[0], given[0], dy.to(wanted))[0][:, :, 1000:]
+
+    found, exact = gradient(dtype), gradient(torch.float64)
+    assert (found.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()
+
+
 def test_autocast_leaves_the_sums_alone():
     inputs = draw(130)
     for backend in BACKENDS:
@@ -175,7 +191,7 @@ def test_memory_is_linear_in_the_length():
 
 def test_a_fake_device_is_told_what_runs_there():
     q = torch.empty(1, 1, 4, 2, device="meta")
-    assert linear_attention.explain(q, q, q) == {"chunked": "ok", "reference": "ok"}
+    assert linear_attention.explain(q, q, q) == {"triton": "the tensor is on meta", "chunked": "ok", "reference": "ok"}
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -200,4 +216,4 @@ def test_on_a_gpu_it_is_what_it_is_on_a_cpu(dtype):
         return [t.detach().cpu() for t in (y, state, *(leaf.grad for leaf in leaves))]
 
     for found, expected in zip(results("cuda"), results("cpu"), strict=True):
-        assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)

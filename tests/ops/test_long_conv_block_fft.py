@@ -1,10 +1,19 @@
-"""The block FFT: the authors' numbers, any number of points, and what it shares with the partitioned convolution."""
+"""The block FFT: the authors' numbers, any number of points, and what it shares with the GPU's programs, which are tested in
+test_long_conv_triton.py."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hippodrome.ops.long_conv.block_fft import block_fft, matrices
+from hippodrome.ops.long_conv import _tiles
+from hippodrome.ops.long_conv.block_fft import block_fft, matrices, steps
 from tests.golden_files import as_complex, cases, load, relative_error
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", cases("block_fft"))
@@ -37,3 +46,55 @@ def test_the_matrices_of_the_partitioned_path_are_a_step_of_it(t):
     odd_bins = block_fft(block, 4 * t)[..., 1 : 2 * t : 2]
     assert relative_error(torch.view_as_complex(spectrum.view(3, t, 2)), odd_bins) < 1e-12
     assert relative_error(spectrum @ back, block) < 1e-12
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(16, 16), (32, 16), (64, 16)])
+def test_the_steps_of_the_fused_programs_are_a_turned_transform_and_its_way_back(n1, n2):
+    n = n1 * n2
+    into, back, twist, second = steps(n1, n2, torch.float64, torch.device("cpu"))
+    (into, twist, second), (back_re, back_im) = (torch.complex(*t) for t in (into, twist, second)), back
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spectrum = (into @ x.view(n1, n2).to(into.dtype) * twist) @ second
+    angle = torch.arange(n, dtype=torch.float64) * (torch.pi / (2 * n))
+    turned = x * torch.polar(torch.ones_like(angle), angle)
+    assert relative_error(spectrum.T.flatten(), block_fft(turned, radix=32) / n**0.5) < 1e-12
+    home = (spectrum.conj() @ second) * twist
+    assert relative_error((back_re @ home.real + back_im @ home.imag).flatten(), x) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_smallest_tile_that_holds_a_sequence(dtype):
+    for length in range(1, _tiles.longest(dtype, CPU) + 1, 61):
+        convolution, gradient = _tiles.tiles(length, dtype, 3)
+        n = convolution.n1 * convolution.n2
+        assert n == gradient.n1 * gradient.n2 == max(256, 1 << (length - 1).bit_length())
+        assert max(convolution.sequences, gradient.sequences) <= 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "half", "single"),
+    [((9, 0), 227, 16384, 4096), ((9, 0), 100, 8192, 2048), ((8, 0), 163, 2048, 2048), ((8, 9), 20, 512, 256)],
+)
+def test_the_limit_follows_from_the_device(capability, kilobytes, half, single, monkeypatch):
+    facts = SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=kilobytes << 10)
+    facts.shared_memory_per_block = 48 << 10
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(_tiles, "longest", _tiles.longest.__wrapped__)
+    for dtype, most in ((torch.float16, half), (torch.bfloat16, half), (torch.float32, single)):
+        assert _tiles.why_not(most, dtype, torch.device("cuda", 0)) is None
+        assert f"more than the {most:,}" in _tiles.why_not(most + 1, dtype, torch.device("cuda", 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_shared_memory_of_a_tile_is_what_the_compiler_takes(dtype):
+    """For a GPU that need not be here."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compiled_block_fft", str(dtype)[6:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 4
+    for stated, taken in lines:
+        assert 0.5 * stated <= taken <= stated

@@ -74,8 +74,8 @@ def test_counting_leaves_out_what_is_known():
 
 
 def test_tuning_replaces_a_device_s_rows(file, monkeypatch):
-    monkeypatch.setattr(_table, "_compile", lambda points, device: None)
-    monkeypatch.setattr(_table, "_measure", lambda point, dtype, device: {kind: {"fft": 1.0} for kind in _table.KINDS})
+    monkeypatch.setattr(_table, "_compile", lambda *_: None)
+    monkeypatch.setattr(_table, "_measure", lambda *_: {kind: {"fft": 1.0} for kind in _table.KINDS})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     _table.save("a card", _table.counted(), file)
     said = []
@@ -131,3 +131,33 @@ def test_the_table_that_is_shipped_knows_every_call(dtype):
         for length in (1, 777, 8193, 5_000_000):
             point = _table.Point(3, 96, length, length)
             assert _table.fastest(which, dtype, "no such device", point, gated) in _table.PATHS
+
+
+def test_a_path_that_cannot_take_a_call_is_not_chosen(file):
+    _table.save("a", [row(256, toeplitz=3.0, block_fft=1.0), row(1024, block_fft=1.0), row(4096, fft=2.0)], file)
+    point = _table.Point(8, 64, 1024, 1024)
+    ask = lambda *able: _table.fastest("forward", F32, "a", point, False, able)  # noqa: E731
+    assert ask(*_table.PATHS) == "block_fft"
+    assert ask("toeplitz", "partitioned") == "toeplitz"
+    assert ask("partitioned", "fft") == "fft"
+
+
+def test_tuning_a_part_keeps_the_rest(file):
+    old = [row(256, toeplitz=1.0, fft=2.0), row(1024, fft=2.0), row(256, gated=True, fft=2.0)]
+    _table.save("a", old, file)
+    new = [row(256, fft=0.5, block_fft=0.4), row(1024, fft=1.0)]
+    assert _table.without("a", new, file) == [row(256, toeplitz=1.0), row(256, gated=True, fft=2.0)]
+    assert _table.without("unknown", [], file) == _table.counted()
+
+
+def test_what_is_tuned_is_measured_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_table, "_compile", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(_table, "_measure", lambda *call: asked.append(call) or {kind: {} for kind in _table.KINDS})
+    rows = _table.tune("cuda", lambda line: None, lengths=[512, 1024], dtypes=[BF16], paths=["block_fft"])
+    assert rows == []
+    assert {(point.length, dtype, *paths) for point, dtype, _, paths in asked} == {
+        (512, BF16, "block_fft"),
+        (1024, BF16, "block_fft"),
+    }

@@ -72,3 +72,4 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.linear_attention import chunked as _chunked  # noqa: E402, F401
+from hippodrome.ops.linear_attention import triton as _triton  # noqa: E402, F401

@@ -5,8 +5,10 @@ With chunks of T tokens, [V 1] the values and a one, and the sums S_c before chu
     [num den]_c = tril(Q_c K_c^T) [V 1]_c + Q_c S_c,      S_(c+1) = S_c + K_c^T [V 1]_c
 
 The backward recomputes the sums: the queries' gradients follow from left to right, those of keys and values from right to left
-with the sums of Q_c^T [d_num d_den]_c (section 3.3.1 of the paper). A segment of chunks goes through at a time, in float32, and
-nothing but the denominators is kept for the backward. Until there is a GPU kernel this is what runs on CUDA as well.
+with the sums of Q_c^T [d_num d_den]_c (section 3.3.1 of the paper). d_den is -(d_num . y); but where values have a mean, what
+the two add to the gradient of q cancels up to a small part, and y was rounded to the dtype of v. So d_den is taken, which is
+the same, as -(q . A) / den, A what d_num adds to that gradient. A segment of chunks goes through at a time, in float32, and
+nothing but the denominators is kept for the backward. On CUDA it runs what the kernels of `triton.py` do not take.
 """
 
 from __future__ import annotations
@@ -89,23 +91,29 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, eps: float) -> tupl
 
 @torch.library.custom_op("hippodrome::linear_attention_chunks_backward", mutates_args=())
 def _chunks_backward(
-    d_y: Tensor, d_after: Tensor, y: Tensor, denominators: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+    d_y: Tensor, d_after: Tensor, denominators: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sums before."""
     d_q, d_k, d_v, d_state = _new_gradients(d_after, q, k, v)
+    d_below = torch.empty_like(denominators)
     carry = torch.zeros_like(d_after) if state is None else state.to(d_after.dtype, copy=True)
     with torch.autocast(q.device.type, enabled=False):
         segments = list(_segments(q, v))
         for segment in segments:
-            keys, values = segment.cut(k), with_ones(segment.cut(v))
-            d_sums = _of_sums(segment.cut(d_y), segment.cut(y), segment.cut(denominators))
-            before = _sums_before(keys.mT @ values, carry)
-            found = (d_sums @ values.mT).tril_() @ keys
-            found += d_sums @ before.mT
+            queries, keys, values = segment.cut(q), segment.cut(k), segment.cut(v)
+            below = segment.cut(denominators).unsqueeze(-1)
+            d_top = segment.cut(d_y) / below
+            before = _sums_before(keys.mT @ with_ones(values), carry)
+            found = (d_top @ values.mT).tril_() @ keys
+            found += d_top @ before[..., :-1].mT
+            slope = -(queries * found).sum(-1, keepdim=True) / below
+            found += slope * (keys.cumsum(-2) + before[..., -1].unsqueeze(-2))
             d_q[:, :, segment.tokens] = found.flatten(2, 3)
+            d_below[:, :, segment.tokens] = slope.flatten(2)
         for segment in reversed(segments):
             queries, keys, values = segment.cut(q), segment.cut(k), with_ones(segment.cut(v))
-            d_sums = _of_sums(segment.cut(d_y), segment.cut(y), segment.cut(denominators))
+            d_top = segment.cut(d_y) / segment.cut(denominators).unsqueeze(-1)
+            d_sums = torch.cat([d_top, segment.cut(d_below).unsqueeze(-1)], -1)
             after = _sums_before((queries.mT @ d_sums).flip(2), d_state).flip(2)
             found = (d_sums @ values.mT).tril_().mT @ queries
             found += values @ after.mT
@@ -123,19 +131,18 @@ def _new_gradients(d_after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
 
 @_chunks_backward.register_fake
 def _(
-    d_y: Any, d_after: Tensor, y: Any, denominators: Any, q: Tensor, k: Tensor, v: Tensor, state: Any
+    d_y: Any, d_after: Tensor, denominators: Any, q: Tensor, k: Tensor, v: Tensor, state: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_gradients(d_after, q, k, v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    y, _, denominators = output
-    ctx.save_for_backward(y, denominators, *inputs[:4])
+    ctx.save_for_backward(output[2], *inputs[:4])
 
 
 def _grad(ctx: Any, d_y: Tensor, d_after: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *grads, d_state = torch.ops.hippodrome.linear_attention_chunks_backward(d_y, d_after, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[5] is None else d_state, None
+    return *grads, None if ctx.saved_tensors[4] is None else d_state, None
 
 
 _chunks.register_autograd(_grad, setup_context=_save)
@@ -147,9 +154,7 @@ def _flops(q: Tensor, k: Any, v: Tensor, *rest: Any, **out: Any) -> int:
     return 2 * q[..., 0].numel() * (CHUNK * (features + width) + 2 * features * width)
 
 
-def _flops_backward(
-    d_y: Any, d_after: Any, y: Any, denominators: Any, q: Tensor, k: Any, v: Tensor, *rest: Any, **out: Any
-) -> int:
+def _flops_backward(d_y: Any, d_after: Any, denominators: Any, q: Tensor, k: Any, v: Tensor, *rest: Any, **out: Any) -> int:
     features, width = q.shape[3], v.shape[3] + 1
     return 2 * q[..., 0].numel() * (CHUNK * (3 * features + 3 * width) + 5 * features * width)
 
@@ -196,9 +201,3 @@ def _sums_before(added: Tensor, carry: Tensor) -> Tensor:
     sums = torch.cat([carry.unsqueeze(2), added], 2).cumsum(2)
     carry.copy_(sums[:, :, -1])
     return sums[:, :, :-1]
-
-
-def _of_sums(d_y: Tensor, y: Tensor, denominators: Tensor) -> Tensor:
-    """The gradient of [num den] (..., M + 1)."""
-    d_sums = torch.cat([d_y, -(d_y * y).sum(-1, keepdim=True)], -1)
-    return d_sums.div_(denominators.unsqueeze(-1))

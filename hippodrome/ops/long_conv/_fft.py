@@ -50,12 +50,12 @@ def _groups(u: Tensor, n: int) -> Iterator[tuple[slice, slice]]:
             yield slice(h, h + group), slice(b, b + sequences)
 
 
-class _Spectra:
+class Spectra:
     """Transforms of n points for one call; the taps' spectrum is kept while the channels stay the same."""
 
-    def __init__(self, u: Tensor, taps: Taps) -> None:
+    def __init__(self, u: Tensor, taps: Taps, n: int | None = None) -> None:
         self.length, self.taps = u.shape[-1], taps
-        self.n = good_size(self.length)
+        self.n = n or good_size(self.length)
         self.turns, self.real, self.imag = _turns(self.n, u.device)
         self._of: slice | None = None
 
@@ -112,7 +112,7 @@ def convolve(
     u: Tensor, taps: Taps, pre: Tensor | None, posts: tuple[Tensor | None, ...] = (None,), *, transposed: bool = False
 ) -> list[Tensor]:
     """For each of `posts` post y, y the convolution of pre u (B, H, L) with the taps, or with their mirror image."""
-    spectra = _Spectra(u, taps)
+    spectra = Spectra(u, taps)
     outs = [empty(u) for _ in posts]
     for h, b in _groups(u, spectra.n):
         product = spectra.of(u[b, h], _at(pre, h, b))
@@ -126,7 +126,7 @@ def convolve(
 
 def backward(dy: Tensor, u: Tensor, taps: Taps, pre: Tensor | None, post: Tensor | None, wanted: Wanted) -> Gradients:
     """Gradients from dy (B, H, L). Both spectra are made once and serve all of them."""
-    spectra = _Spectra(u, taps)
+    spectra = Spectra(u, taps)
     du = empty(dy) if wanted.inputs else None
     dpre = empty(dy) if wanted.inputs and pre is not None else None
     dpost = empty(u) if wanted.post else None

@@ -6,7 +6,7 @@ point, so that what was measured stands beside what was counted for the other pa
 
 The table in the repository is measured in part only: an H100's times of the paths taken at the whole-length kernels of 1,024 to
 8,192 and 65,536 tokens, in bfloat16, a backward's being forward + backward less forward. All else is counted, and a table
-measured whole on one card is still to come: `tune` makes it.
+measured whole on one card is still to come: `tune` makes it. The block FFT is not counted: it is taken where it was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 FILE = Path(__file__).with_name("table.json")
-PATHS = ("toeplitz", "partitioned", "fft")
+PATHS = ("toeplitz", "partitioned", "fft", "block_fft")
 PASSES = ("forward", "backward")
 
 
@@ -64,9 +64,10 @@ def _point(row: dict[str, Any]) -> Point:
 
 
 @functools.lru_cache(maxsize=4096)
-def fastest(which: str, dtype: torch.dtype, device: str, point: Point, gated: bool) -> str:
-    """The path to run: which is "forward" or "backward", device its name, gated whether there is a gate."""
-    points = _rows(device)[which, str(dtype).removeprefix("torch."), gated]
+def fastest(which: str, dtype: torch.dtype, device: str, point: Point, gated: bool, able: tuple[str, ...] = PATHS) -> str:
+    """The path to run: which is "forward" or "backward", device its name, gated if there is a gate, able those that can."""
+    rows = _rows(device)[which, str(dtype).removeprefix("torch."), gated]
+    points = {at: found for at, ms in rows.items() if (found := {path: t for path, t in ms.items() if path in able})}
     ms = points[min(points, key=point.far)]
     return min(ms, key=ms.__getitem__)
 
@@ -78,9 +79,9 @@ NUMBERS = 768 * TOKENS
 """Most numbers in an input."""
 
 
-def grid() -> Iterator[Point]:
+def grid(lengths: Iterable[int] = LENGTHS) -> Iterator[Point]:
     """Whole-length kernels and short ones, one sequence and many."""
-    for length in LENGTHS:
+    for length in lengths:
         for batch in sorted({1, min(256, max(1, TOKENS // length))}):
             channels = max(16, min(768, NUMBERS // (batch * length)))
             for taps in sorted({min(t, length) for t in (64, 1024, length)}):
@@ -101,7 +102,7 @@ def counted(beside: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
                 row = _row(point, dtype, which, gated, _count(point, dtype, which, gated), COUNTED)
                 for path in PATHS:
                     if (which, row["dtype"], gated, point, path) in known:
-                        del row["ms"][path]
+                        row["ms"].pop(path, None)
                 rows.append(row)
     return rows
 
@@ -150,61 +151,90 @@ def _count(point: Point, dtype: torch.dtype, which: str, gated: bool) -> dict[st
     return {"toeplitz": 1e3 * toeplitz, "partitioned": 1e3 * partitioned, "fft": 1e3 * fft}
 
 
-def tune(device: torch.device | str = "cuda", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measure every path over the grid on a device. Returns the rows; `say` is told of each."""
-    device = torch.device(device)
-    points = [(point, dtype) for dtype in DTYPES for point in grid()]
+def tune(
+    device: torch.device | str = "cuda",
+    say: Callable[[str], None] = print,
+    *,
+    lengths: Sequence[int] = (),
+    dtypes: Sequence[torch.dtype] = (),
+    paths: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Measure paths over the grid of lengths on a device; of what is empty, all. Returns the rows; `say` is told of each."""
+    device, paths = torch.device(device), paths or PATHS
+    points = [(point, dtype) for dtype in dtypes or DTYPES for point in grid(lengths or LENGTHS)]
     say(f"compiling the programs of {len(points)} points")
-    _compile(points, device)
+    _compile(points, device, paths)
     source = f"measured: {torch.cuda.get_device_name(device)}, {datetime.datetime.now(datetime.UTC).date()}"
     rows = []
     for point, dtype in points:
-        for (which, gated), ms in _measure(point, dtype, device).items():
-            rows.append(_row(point, dtype, which, gated, ms, source))
-            say(f"{rows[-1]}")
+        for (which, gated), ms in _measure(point, dtype, device, paths).items():
+            if ms:
+                rows.append(_row(point, dtype, which, gated, ms, source))
+                say(f"{rows[-1]}")
     return rows
 
 
-def _compile(points: list[tuple[Point, torch.dtype]], device: torch.device) -> None:
+def _compile(points: list[tuple[Point, torch.dtype]], device: torch.device, paths: Sequence[str]) -> None:
     """Run every program once, in processes beside each other, so that Triton's cache on disk has them."""
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         # Whichever worker is free takes the next point: some compile more than others.
-        for done in [pool.submit(_try, point, dtype, device) for point, dtype in points]:
+        for done in [pool.submit(_try, point, dtype, device, paths) for point, dtype in points]:
             done.result()
 
 
-def _try(point: Point, dtype: torch.dtype, device: torch.device) -> None:
-    for *_, run in _runs(point, dtype, device):
+def _try(point: Point, dtype: torch.dtype, device: torch.device, paths: Sequence[str]) -> None:
+    for *_, run in _runs(point, dtype, device, paths):
         run()
     torch.cuda.synchronize(device)
 
 
-def _runs(point: Point, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, bool, str, Callable[[], object]]]:
-    """Pass, gated, path and call, but for what counting calls hopeless: a dense product of a million taps takes minutes."""
+def _runs(
+    point: Point, dtype: torch.dtype, device: torch.device, paths: Sequence[str]
+) -> Iterator[tuple[str, bool, str, Callable[[], object]]]:
+    """Pass, gated, path and call, but for those that cannot take the length, and for what counting calls hopeless: a dense
+    product of a million taps takes minutes."""
     from hippodrome.ops.long_conv._taps import Taps, Wanted
-    from hippodrome.ops.long_conv.triton import path
+    from hippodrome.ops.long_conv.triton import explain_paths, path
 
     batch, channels, length, taps = point
+    able = [name for name, said in explain_paths(length, dtype, device).items() if name in paths and said == "ok"]
     u, dy, *gates = torch.randn(4, batch, channels, length, dtype=dtype, device=device)
     kernel = Taps(torch.randn(channels, taps, device=device) / taps)
     for which, gated in KINDS:
         ms = _count(point, dtype, which, gated)
         pre, post = gates if gated else (None, None)
-        for name in PATHS:
-            if ms[name] < 5 * min(ms.values()):
+        for name in able:
+            if ms.get(name, 0) < 5 * min(ms.values()):
                 backward = functools.partial(path(name).backward, dy, u, kernel, pre, post, Wanted(True, True, gated))
                 forward = functools.partial(path(name).convolve, u, kernel, pre, (post,))
                 yield which, gated, name, backward if which == "backward" else forward
 
 
-def _measure(point: Point, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, bool], dict[str, float]]:
+def _measure(
+    point: Point, dtype: torch.dtype, device: torch.device, paths: Sequence[str]
+) -> dict[tuple[str, bool], dict[str, float]]:
     from triton.testing import do_bench
 
     found: dict[tuple[str, bool], dict[str, float]] = {kind: {} for kind in KINDS}
-    for which, gated, name, run in _runs(point, dtype, device):
+    for which, gated, name, run in _runs(point, dtype, device, paths):
         found[which, gated][name] = do_bench(run, warmup=1, rep=5, return_mode="median")
     return found
+
+
+def without(device: str, rows: list[dict[str, Any]], file: Path = FILE) -> list[dict[str, Any]]:
+    """The rows that the file has for a device, or counted ones, less the times that `rows` have of the same calls."""
+    kept = []
+    for row in json.loads(file.read_text()).get(device) or counted():
+        anew = {path for other in rows if _call(other) == _call(row) for path in other["ms"]}
+        ms = {path: t for path, t in row["ms"].items() if path not in anew}
+        if ms:
+            kept.append(row | {"ms": ms})
+    return kept
+
+
+def _call(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["pass"], row["dtype"], row["gated"], _point(row)
 
 
 def save(device: str, rows: list[dict[str, Any]], file: Path = FILE) -> None:

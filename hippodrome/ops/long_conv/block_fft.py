@@ -10,7 +10,8 @@ is at most `radix`: O(N radix log N / log radix) operations, all of them such as
 `block_fft` is the plain form, for reading and for tests. The partitioned path (_partitioned.py) does the first of these steps
 alone, with the dense `matrices` below: blocks of T real numbers to T of the 4 T bins of the block padded by zeros. In place of
 the second step it has Toeplitz products across the blocks: for as few blocks as there are, they cost less than transforms,
-and need neither twist nor padding. Source: H3 (Dao, Fu et al., ICLR 2023), section 4.1.
+and need neither twist nor padding. The fused path (_block_fft.py) does two steps on the chip, with the tables of `steps`.
+Source: H3 (Dao, Fu et al., ICLR 2023), section 4.1.
 """
 
 from __future__ import annotations
@@ -68,3 +69,24 @@ def matrices(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     angle = ((2 * f + 1) * s % (4 * t)).double() * (math.pi / (2 * t))
     both = torch.stack([angle.cos(), -angle.sin()], 1).view(2 * t, t)
     return both.to(dtype), (both / t).to(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def steps(n1: int, n2: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tables of a transform of n1 n2 real points, point t turned by exp(pi i t / 2 n1 n2); re, im; unitary (_block_fft).
+
+    (2, n1, n1): from rows a to frequencies f; (2, n1, n1): its way back to real numbers; (2, n1, n2): the twist; (2, n2, n2):
+    from columns s to frequencies g.
+    """
+    f, a = torch.arange(n1).unsqueeze(1), torch.arange(n1)
+    s, g = torch.arange(n2).unsqueeze(1), torch.arange(n2)
+
+    def both(quarters: Tensor, n: int, scale: float) -> Tensor:
+        angle = (quarters % (4 * n)).double() * (-math.pi / (2 * n))
+        return torch.stack([angle.cos(), angle.sin()]) * scale
+
+    into = both((4 * f - 1) * a, n1, n1**-0.5)
+    back = torch.stack([into[0].T, -into[1].T])
+    twist, second = both((4 * f - 1) * g, n1 * n2, 1), both(4 * s * g, n2, n2**-0.5)
+    into, back, twist, second = (t.to(device, dtype).contiguous() for t in (into, back, twist, second))
+    return into, back, twist, second

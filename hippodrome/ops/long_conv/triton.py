@@ -1,4 +1,5 @@
-"""long_conv on the GPU by the path that a table of times names: dense Toeplitz products, partitioned convolution, or FFT.
+"""long_conv on the GPU by the path that a table of times names: dense Toeplitz products, partitioned convolution, the fused
+block FFT, or FFT.
 
 One leaf forward and one backward; the path is chosen inside them, so that a compiled graph holds for every length. The backward
 keeps the inputs and makes all else again.
@@ -6,9 +7,10 @@ keeps the inputs and makes all else again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from hippodrome.ops._flops import count_flops, register_flops
 from hippodrome.ops._op import announced, capability, on_its_device
-from hippodrome.ops.long_conv import _table, long_conv
+from hippodrome.ops.long_conv import _table, _tiles, long_conv
 from hippodrome.ops.long_conv._taps import Taps, Wanted, empty
+from hippodrome.part import BadInput, nearest
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,24 +69,59 @@ forced: str | None = None
 """A path that every call is to take, for tests and measurements."""
 
 
+@contextlib.contextmanager
+def use_path(name: str) -> Iterator[None]:
+    """Within the block every call, forward or backward, takes the path `name`, or raises BadInput that says why it cannot."""
+    global forced
+    if name not in _table.PATHS:
+        raise BadInput(f"long_conv has no path {name!r}: {nearest(name, _table.PATHS)}")
+    before, forced = forced, name
+    try:
+        yield
+    finally:
+        forced = before
+
+
 def path(name: str) -> Any:
     """The module of a path: convolve and backward."""
     register_flops()
     return importlib.import_module(f"hippodrome.ops.long_conv._{name}")
 
 
+def explain_paths(length: int, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """For each path "ok" or the reason why it cannot take sequences of this length."""
+    reasons = {"block_fft": _tiles.why_not(length, dtype, device)}
+    return {name: reasons.get(name) or "ok" for name in _table.PATHS}
+
+
 def _path(which: str, u: Tensor, taps: Taps, *gates: Tensor | None) -> Any:
     batch, channels, length = u.shape
+    said = explain_paths(length, u.dtype, u.device)
+    if forced is not None and said[forced] != "ok":
+        raise BadInput(f"long_conv cannot take the path {forced} asked for: {said[forced]}")
     first, last = taps.lags()
     point = _table.Point(batch, channels, length, max(last, -first) + 1)
     device = torch.cuda.get_device_name(u.device) if u.is_cuda else ""
     gated = any(gate is not None for gate in gates)
-    return path(forced or _table.fastest(which, u.dtype, device, point, gated))
+    able = tuple(name for name, reason in said.items() if reason == "ok")
+    return path(forced or _table.fastest(which, u.dtype, device, point, gated, able))
 
 
-def tune(device: torch.device, *, progress: Callable[[str], None] | None = None) -> Path:
-    """Measure the table anew on this GPU and write it beside this file; `progress` is told of each row. Returns its path."""
-    _table.save(torch.cuda.get_device_name(device), _table.tune(device, say=progress or print))
+def tune(
+    device: torch.device,
+    *,
+    lengths: Sequence[int] = (),
+    dtypes: Sequence[torch.dtype] = (),
+    paths: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Measure the table anew on this GPU and write it beside this file; `progress` is told of each row. Returns its path.
+
+    With lengths, dtypes or paths only those are measured; the other times of this device stay.
+    """
+    name, say = torch.cuda.get_device_name(device), progress or print
+    rows = _table.tune(device, say, lengths=lengths, dtypes=dtypes, paths=paths)
+    _table.save(name, rows + _table.without(name, rows) if lengths or dtypes or paths else rows)
     return _table.FILE
 
 
