@@ -1,9 +1,9 @@
 """What the recipes of Long Range Arena share: the published sizes and budgets, and the models around the mixers.
 
-Sizes and budgets are those of each model's own authors: for S4 the configs of its version 4, for S4D the same with 64 states,
-for attention those of the benchmark. What our blocks do not do as theirs, they do alike for every mixer: layer norm before the
-mixer, where S4 has batch norm and on ListOps behind it; the mean over positions, where the benchmark's Transformer reads its
-first token; a cosine after the warm-up, where its rate falls as the root of the steps.
+Sizes, norms and budgets are those of each model's own authors: for S4 the configs of its version 4, for S4D the same with 64
+states, for attention those of the benchmark. Alike for every mixer, and not as each of them has it, are the readout, a linear
+map of the mean over positions (the benchmark's Transformer reads its first token, Mega has a hidden layer), and gradients
+clipped at 1. Transformers have learned positions, and their rate falls as a cosine, not as the root of the steps.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.linear_attention import LinearAttention
+from hippodrome.mixers.mega import Mega
+from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, Mixer, ModelConfig, Readout
+from hippodrome.model import BlockConfig, Mixer, ModelConfig, Norm, Readout
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.task import Task
 
-Name = Literal["s4", "s4d", "transformer", "linear_transformer"]
+Name = Literal["s4", "s4d", "s5", "mega", "transformer", "linear_transformer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class Size:
     n_head: int | None = None
     """Attention heads."""
     d_state: int | None = None
-    """States of a state space's channel: 4 of S4, 64 of S4D."""
-    dropout: float = 0.0
+    """States of a channel: 4 of S4, 64 of S4D, 16 averages of Mega; of S5 those of a layer, begun as one HiPPO matrix."""
+    dropout: float | None = None
     """Of the embeddings and of what each block adds."""
 
 
@@ -74,43 +76,31 @@ class Budget:
 
 PAPER_SIZE, PAPER_BUDGET = Size(), Budget()
 
+Build = Callable[[Size, int], Mixer.Config]
+"""A mixer, by the model's size and the longest row."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """A model's size and budget on one task. warmup: share of the steps; lr: its peak."""
+    """A model on one task: its mixer, size, blocks and training. d_ff: of MLPs; warmup: share of the steps; lr: its peak."""
 
+    mixer: Build
     n_layer: int
     d_model: int
-    d_ff: int | None
-    n_head: int | None
+    d_ff: int | None = None
+    activation: Literal["gelu", "silu"] = "gelu"
+    n_head: int | None = None
+    dropout: float = 0.0
+    norm: Norm = "layer"
+    order: Literal["pre", "post"] = "pre"
+    learned_positions: bool = False
     batch_size: int
     steps: int
     warmup: float
     lr: float
     weight_decay: float
-
-
-# Steps are 40 epochs of 96,000 rows, 32 of 25,000, 20 of 147,086, 200 of 45,000 and 160,000, and 50 of 160,000.
-_STATE_SPACES = {
-    "listops": Published(6, 256, None, None, 32, 120_000, 0.1, 1e-2, 0.05),
-    "text": Published(6, 256, None, None, 16, 50_000, 0.1, 1e-2, 0.05),
-    "retrieval": Published(6, 256, None, None, 64, 45_965, 0.1, 1e-2, 0.05),
-    "image": Published(6, 512, None, None, 50, 180_000, 0.1, 1e-2, 0.05),
-    "pathfinder": Published(6, 256, None, None, 64, 500_000, 0.1, 4e-3, 0.05),
-    "path-x": Published(6, 256, None, None, 16, 500_000, 0.1, 1e-3, 0.05),
-}
-# The rate is 0.05 / sqrt(step) after a warm-up of 1000 or 8000 steps, which on Retrieval is longer than the run.
-_ATTENTION = {
-    "listops": Published(4, 512, 1024, 8, 32, 5_000, 0.2, 1.58e-3, 0.1),
-    "text": Published(4, 256, 1024, 4, 32, 20_000, 0.4, 5.6e-4, 0.1),
-    "retrieval": Published(4, 128, 512, 4, 32, 5_000, 1.0, 3.5e-4, 0.1),
-    "image": Published(1, 128, 128, 8, 256, 35_000, 0.005, 5e-4, 0.0),
-    "pathfinder": Published(4, 32, 64, 4, 512, 62_400, 0.005, 1e-3, 0.0),
-    "path-x": Published(4, 32, 64, 4, 64, 500_000, 0.005, 1e-3, 0.0),
-}
-
-
-_SIZES = ("n_layer", "d_model", "d_ff", "n_head")
+    betas: tuple[float, ...] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear"] = "cosine"
 
 
 def _s4(size: Size, length: int) -> Mixer.Config:
@@ -123,6 +113,26 @@ def _s4d(size: Size, length: int) -> Mixer.Config:
     return SSM.Config(system=system, bidirectional=True)
 
 
+def _s5(published: S5.Config) -> Build:
+    def mixer(size: Size, length: int) -> Mixer.Config:
+        dropout = published.dropout if size.dropout is None else size.dropout
+        chosen = replace(published, bidirectional=True, dropout=dropout)
+        return chosen if size.d_state is None else replace(chosen, d_state=size.d_state, blocks=1)
+
+    return mixer
+
+
+def _mega(size: Size, length: int) -> Mixer.Config:
+    d_state = 16 if size.d_state is None else size.d_state
+    return Mega.Config(
+        d_key=64, d_state=d_state, bias="simple", max_positions=length + 2, bidirectional=True, truncation=min(1024, length)
+    )
+
+
+def _mega_on_pixels(size: Size, length: int) -> Mixer.Config:
+    return replace(_mega(size, length), function="laplace")  # type: ignore[call-arg]
+
+
 def _transformer(size: Size, length: int) -> Mixer.Config:
     assert size.n_head is not None
     return Attention.Config(n_head=size.n_head, pattern=Full())
@@ -133,20 +143,166 @@ def _linear_transformer(size: Size, length: int) -> Mixer.Config:
     return LinearAttention.Config(n_head=size.n_head, causal=False)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A mixer by size and longest row, what it is published with, and whether positions must be told to it."""
+def _of_s4(mixer: Build) -> dict[str, Published]:
+    def on(order: Literal["pre", "post"], batch_size: int, steps: int, lr: float = 1e-2) -> Published:
+        return Published(
+            mixer=mixer,
+            n_layer=6,
+            d_model=256,
+            norm="batch",
+            order=order,
+            batch_size=batch_size,
+            steps=steps,
+            warmup=0.1,
+            lr=lr,
+            weight_decay=0.05,
+        )
 
-    mixer: Callable[[Size, int], Mixer.Config]
-    published: dict[str, Published]
-    positions: bool
+    # 40 epochs of 96,000 rows, 32 of 25,000, 20 of 147,086, 200 of 45,000 and 160,000, and 50 of 160,000.
+    return {
+        "listops": on("post", 32, 120_000),
+        "text": on("pre", 16, 50_000),
+        "retrieval": on("pre", 64, 45_965),
+        "image": replace(on("post", 50, 180_000), d_model=512, dropout=0.1),
+        "pathfinder": on("pre", 64, 500_000, 4e-3),
+        "path-x": on("pre", 16, 500_000, 1e-3),
+    }
 
 
-MODELS = {
-    "s4": _Model(_s4, _STATE_SPACES, False),
-    "s4d": _Model(_s4d, _STATE_SPACES, False),
-    "transformer": _Model(_transformer, _ATTENTION, True),
-    "linear_transformer": _Model(_linear_transformer, _ATTENTION, True),
+def _of_attention(mixer: Build) -> dict[str, Published]:
+    def on(d_model: int, d_ff: int, n_head: int, steps: int, warmup: float, lr: float) -> Published:
+        return Published(
+            mixer=mixer,
+            n_layer=4,
+            d_model=d_model,
+            d_ff=d_ff,
+            n_head=n_head,
+            learned_positions=True,
+            batch_size=32,
+            steps=steps,
+            warmup=warmup,
+            lr=lr,
+            weight_decay=0.1,
+        )
+
+    # The rate is 0.05 / sqrt(step) after a warm-up of 1000 or 8000 steps, which on Retrieval is longer than the run.
+    pathfinder = replace(on(32, 64, 4, 62_400, 0.005, 1e-3), batch_size=512, weight_decay=0.0)
+    return {
+        "listops": on(512, 1024, 8, 5_000, 0.2, 1.58e-3),
+        "text": on(256, 1024, 4, 20_000, 0.4, 5.6e-4),
+        "retrieval": on(128, 512, 4, 5_000, 1.0, 3.5e-4),
+        "image": replace(on(128, 128, 8, 35_000, 0.005, 5e-4), n_layer=1, batch_size=256, weight_decay=0.0),
+        "pathfinder": pathfinder,
+        "path-x": replace(pathfinder, batch_size=64, steps=500_000),
+    }
+
+
+_LISTOPS = S5.Config(d_state=16, blocks=8, clip_eigs=False, activation="half_glu2", optim="BfastandCdecay")
+_TEXT = S5.Config(d_state=192, blocks=12, clip_eigs=False, activation="half_glu2", dt_global=True, dropout=0.1)
+_RETRIEVAL = S5.Config(d_state=256, blocks=16, clip_eigs=False, C_init="trunc_standard_normal", dt_global=True)
+_IMAGE = S5.Config(d_state=384, blocks=3, clip_eigs=True, optim="BfastandCdecay", dropout=0.1)
+_PATHFINDER = S5.Config(d_state=256, blocks=8, clip_eigs=False, C_init="trunc_standard_normal", ssm_lr=9e-4, dropout=0.05)
+_PATH_X = S5.Config(
+    d_state=256, blocks=16, clip_eigs=False, C_init="complex_normal", ssm_lr=6e-4, optim="BandCdecay", dt_min=1e-4
+)
+
+
+def _s5_on_pixels(
+    system: S5.Config, *, d_model: int, batch_size: int, epochs: int, rows: int, lr: float, weight_decay: float
+) -> Published:
+    return Published(
+        mixer=_s5(system),
+        n_layer=6,
+        d_model=d_model,
+        norm="batch",
+        dropout=system.dropout,
+        batch_size=batch_size,
+        steps=epochs * rows // batch_size,
+        warmup=1 / epochs,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+
+
+_OF_S5 = {
+    # 40, 35 and 20 epochs. That the first is the warm-up is our reading.
+    "listops": Published(
+        mixer=_s5(_LISTOPS),
+        n_layer=8,
+        d_model=128,
+        norm="batch",
+        batch_size=50,
+        steps=76_800,
+        warmup=1 / 40,
+        lr=3e-3,
+        weight_decay=0.04,
+    ),
+    "text": Published(
+        mixer=_s5(_TEXT),
+        n_layer=6,
+        d_model=256,
+        norm="batch",
+        dropout=0.1,
+        batch_size=50,
+        steps=17_500,
+        warmup=1 / 35,
+        lr=4e-3,
+        weight_decay=0.07,
+    ),
+    "retrieval": Published(
+        mixer=_s5(_RETRIEVAL),
+        n_layer=6,
+        d_model=128,
+        norm="batch",
+        batch_size=32,
+        steps=91_929,
+        warmup=1 / 20,
+        lr=2e-3,
+        weight_decay=0.05,
+    ),
+    # 250, 200 and 75 epochs of 45,000 and 160,000 rows.
+    "image": _s5_on_pixels(_IMAGE, d_model=512, batch_size=50, epochs=250, rows=45_000, lr=4.5e-3, weight_decay=0.07),
+    "pathfinder": _s5_on_pixels(
+        _PATHFINDER, d_model=192, batch_size=64, epochs=200, rows=160_000, lr=4.5e-3, weight_decay=0.03
+    ),
+    "path-x": _s5_on_pixels(_PATH_X, d_model=128, batch_size=32, epochs=75, rows=160_000, lr=1.8e-3, weight_decay=0.06),
+}
+_MEGA = Published(
+    mixer=_mega,
+    n_layer=6,
+    d_model=128,
+    d_ff=256,
+    activation="silu",
+    dropout=0.1,
+    norm="scale",
+    order="post",
+    batch_size=64,
+    steps=91_960,
+    warmup=10_000 / 91_960,
+    lr=3e-3,
+    weight_decay=0.04,
+    betas=(0.9, 0.98),
+    schedule="linear",
+)
+_MEGA_ON_PIXELS = replace(_MEGA, mixer=_mega_on_pixels, norm="batch", order="pre", dropout=0.0, lr=1e-2, weight_decay=0.01)
+_OF_MEGA = {
+    "listops": replace(_MEGA, d_model=80, d_ff=160, norm="layer", steps=90_000, warmup=3 / 90, lr=1e-3, weight_decay=0.01),
+    "text": replace(_MEGA, n_layer=4, batch_size=50, steps=25_000, warmup=10 / 25, lr=4e-3, weight_decay=0.01),
+    "retrieval": _MEGA,
+    "image": replace(
+        _MEGA_ON_PIXELS, n_layer=8, d_model=160, d_ff=320, batch_size=50, steps=180_000, warmup=9 / 180, weight_decay=0.02
+    ),
+    "pathfinder": replace(_MEGA_ON_PIXELS, batch_size=128, steps=250_000, warmup=50 / 250),
+    "path-x": replace(_MEGA_ON_PIXELS, n_layer=4, d_model=64, d_ff=128, batch_size=128, steps=125_000, warmup=25 / 125),
+}
+
+MODELS: dict[str, dict[str, Published]] = {
+    "s4": _of_s4(_s4),
+    "s4d": _of_s4(_s4d),
+    "s5": _OF_S5,
+    "mega": _OF_MEGA,
+    "transformer": _of_attention(_transformer),
+    "linear_transformer": _of_attention(_linear_transformer),
 }
 
 
@@ -161,29 +317,31 @@ class Rows:
 
 def classifier(name: Name, task: Task.Config, task_name: str, rows: Rows, size: Size, budget: Budget) -> RunConfig:
     """A run of the model `name` on one of the benchmark's tasks."""
-    model = MODELS[name]
-    published = model.published[task_name]
-    filled = replace(size, **{field: getattr(published, field) for field in _SIZES if getattr(size, field) is None})
-    if not filled.n_layer or filled.n_layer < 1:
-        raise BadInput(f"n_layer is {filled.n_layer}: a model needs at least one block")
+    published = MODELS[name][task_name]
+    sizes = ("n_layer", "d_model", "d_ff", "n_head", "dropout")
+    filled = replace(size, **{field: getattr(published, field) for field in sizes if getattr(size, field) is None})
+    assert filled.n_layer is not None
     assert filled.d_model is not None
+    assert filled.dropout is not None
+    if filled.n_layer < 1:
+        raise BadInput(f"n_layer is {filled.n_layer}: a model needs at least one block")
     block = BlockConfig(
-        mixer=model.mixer(filled, rows.length),
-        channel=None if filled.d_ff is None else Mlp.Config(d_ff=filled.d_ff),
-        dropout=size.dropout,
+        mixer=published.mixer(filled, rows.length),
+        channel=None if filled.d_ff is None else Mlp.Config(d_ff=filled.d_ff, activation=published.activation),
+        norm=published.norm,
+        order=published.order,
+        dropout=filled.dropout,
     )
-    positions = rows.length if model.positions else 0
-    embed = Tokens.Config(vocab_size=rows.vocab_size, positions=positions, dropout=size.dropout)
+    positions = rows.length if published.learned_positions else 0
+    embed = Tokens.Config(vocab_size=rows.vocab_size, positions=positions, dropout=filled.dropout)
     config = ModelConfig(d_model=filled.d_model, blocks=(block,) * filled.n_layer, embed=embed, readout=rows.readout)
     return RunConfig(model=config, task=task, train=training(published, budget))
 
 
 def training(published: Published, budget: Budget) -> TrainConfig:
-    """What is published, but for what the budget says."""
-    chosen = {
-        field.name: value
-        for field in fields(budget)
-        if (value := getattr(budget, field.name)) is not None or not hasattr(published, field.name)
+    given = {field.name: getattr(budget, field.name) for field in fields(budget)}
+    own = ("steps", "batch_size", "warmup", "lr", "weight_decay", "betas", "schedule")
+    settings = {name: getattr(published, name) for name in own} | {
+        name: value for name, value in given.items() if name not in own or value is not None
     }
-    own = {name: getattr(published, name) for name in ("steps", "batch_size", "lr", "weight_decay", "warmup")}
-    return TrainConfig(**{**own, **chosen}, lr_final=0.0, save_every=budget.eval_every)
+    return TrainConfig(**settings, lr_final=0.0, save_every=budget.eval_every)

@@ -83,7 +83,7 @@ def listops_subtrees(
     }
     model = ModelConfig(
         d_model=d_model,
-        blocks=(BlockConfig(mixer=mixers[mixer], dropout=dropout),) * n_layer,
+        blocks=(BlockConfig(mixer=mixers[mixer], order="post", dropout=dropout),) * n_layer,
         embed=Tokens.Config(vocab_size=ListOpsSubTrees.vocab_size),
         readout=Positions.Config(classes=ListOpsSubTrees.classes),
     )

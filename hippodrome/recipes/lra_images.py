@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from hippodrome.embeds.signal import Signal
-from hippodrome.lti._base import LTI
 from hippodrome.lti.dlr import DLR
 from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, ModelConfig
+from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
 from hippodrome.readouts.pool import Pool
 from hippodrome.readouts.positions import Positions
@@ -38,15 +37,30 @@ from hippodrome.tasks.pathfinder import Pathfinder
 from hippodrome.tasks.pathfinder_segmentation import PathfinderSegmentation
 
 Pixels = Literal["signal", "tokens"]
-IMAGE_SIZE = Size(dropout=0.1)
+
+
+def _segmenter(
+    modes: int, *, n_layer: int, d_model: int, batch_size: int, steps: int, warmup_steps: int, lr: float
+) -> Published:
+    # The weight decay is that of the authors' other task of labels along a sequence.
+    return Published(
+        mixer=lambda size, length: SSM.Config(system=DLR.Config(d_state=size.d_state or modes), bidirectional=True),
+        n_layer=n_layer,
+        d_model=d_model,
+        batch_size=batch_size,
+        steps=steps,
+        warmup=warmup_steps / steps,
+        lr=lr,
+        weight_decay=0.01,
+    )
+
 
 _SEGMENTATION = {
-    # The weight decay is that of the authors' other task of labels along a sequence.
-    128: (Published(5, 128, None, None, 16, 150_000, 3_000 / 150_000, 1e-4, 0.01), 1024),
-    256: (Published(6, 128, None, None, 18, 200_000, 1_000 / 200_000, 5e-5, 0.01), 1024),
-    512: (Published(12, 64, None, None, 14, 600_000, 200 / 600_000, 1e-5, 0.01), 2048),
+    128: _segmenter(1024, n_layer=5, d_model=128, batch_size=16, steps=150_000, warmup_steps=3_000, lr=1e-4),
+    256: _segmenter(1024, n_layer=6, d_model=128, batch_size=18, steps=200_000, warmup_steps=1_000, lr=5e-5),
+    512: _segmenter(2048, n_layer=12, d_model=64, batch_size=14, steps=600_000, warmup_steps=200, lr=1e-5),
 }
-"""Size and budget by pixels a side, and the modes of a layer."""
+"""Size and budget by pixels a side, DLR's modes of a layer with them."""
 
 
 def pathfinder(
@@ -63,9 +77,9 @@ def pathfinder(
     """Pathfinder: does a path of dashes join two discs? Path-X is resolution 128. Half of the answers are yes.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, transformer or linear_transformer.
+        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer or linear_transformer.
         resolution: Pixels a side; rows have its square.
-        pixels: A signal, or 256 tokens; None: what the mixer is published with, a signal for s4 and s4d.
+        pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
         train_rows: Images drawn for training. The first run draws them, which takes a while; later ones find them in the cache.
         test_rows: Images of the test split, and of the valid split.
         folder: A published pathfinderN folder to read instead.
@@ -74,7 +88,7 @@ def pathfinder(
     task = Pathfinder.Config(size=resolution, pixels=kind, train_rows=train_rows, test_rows=test_rows, folder=folder)
     rows = Rows(vocab_size=256, length=task.length, readout=Pool.Config(classes=2))
     long = resolution >= 128
-    config = classifier(mixer, task, "path-x" if long else "pathfinder", rows, _states(size), budget)
+    config = classifier(mixer, task, "path-x" if long else "pathfinder", rows, _states(size, mixer), budget)
     return _of_pixels(config, kind, n_ssm=None, dt_min=1e-4 if long else 1e-3)
 
 
@@ -83,20 +97,20 @@ def image(
     mixer: Name = "s4d",
     cifar: str = LraImage.Config.cifar,
     pixels: Pixels | None = None,
-    size: Size = IMAGE_SIZE,
+    size: Size = PAPER_SIZE,
     budget: Budget = PAPER_BUDGET,
 ) -> RunConfig:
     """Image: CIFAR-10 in grey, ten classes of 1,024 pixels, from the binary version of the data set.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, transformer or linear_transformer.
+        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer or linear_transformer.
         cifar: The folder of the binary version of CIFAR-10, or cifar-10-binary.tar.gz.
-        pixels: A signal, or 256 tokens; None: what the mixer is published with, a signal for s4 and s4d.
+        pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
     """
     kind = _pixels(mixer, pixels)
     task = LraImage.Config(cifar=cifar, pixels=kind)
     rows = Rows(vocab_size=256, length=LraImage.length, readout=Pool.Config(classes=LraImage.classes))
-    return _of_pixels(classifier(mixer, task, "image", rows, _states(size), budget), kind)
+    return _of_pixels(classifier(mixer, task, "image", rows, _states(size, mixer), budget), kind)
 
 
 def pathfinder_segmentation(
@@ -116,20 +130,20 @@ def pathfinder_segmentation(
         train_rows: Images drawn for training.
         test_rows: Images of the test split, and of the valid split.
     """
-    published, modes = _SEGMENTATION[resolution]
+    published = _SEGMENTATION[resolution]
     task = PathfinderSegmentation.Config(size=resolution, train_rows=train_rows, test_rows=test_rows)
     n_layer, d_model = (
         own if given is None else given for own, given in ((published.n_layer, size.n_layer), (published.d_model, size.d_model))
     )
     if n_layer < 1:
         raise BadInput(f"n_layer is {n_layer}: a model needs at least one block")
-    d_state = size.d_state or (modes if mixer == "dlr" else 64)
-    system: LTI.Config = {
-        "dlr": DLR.Config(d_state=d_state),
-        "s4d": S4D.Config(d_state=d_state, init="legs", dt_min=1e-4),
-        "s4": S4.Config(d_state=d_state, length=task.length, dt_min=1e-4),
-    }[mixer]
-    block = BlockConfig(mixer=SSM.Config(system=system, bidirectional=True), dropout=size.dropout)
+    d_state = size.d_state or 64
+    mixers: dict[str, Mixer.Config] = {
+        "dlr": published.mixer(size, task.length),
+        "s4d": SSM.Config(system=S4D.Config(d_state=d_state, init="legs", dt_min=1e-4), bidirectional=True),
+        "s4": SSM.Config(system=S4.Config(d_state=d_state, length=task.length, dt_min=1e-4), bidirectional=True),
+    }
+    block = BlockConfig(mixer=mixers[mixer], dropout=size.dropout or 0.0)
     readout = Positions.Config(classes=3, balanced=True)
     model = ModelConfig(d_model=d_model, blocks=(block,) * n_layer, embed=Signal.Config(), readout=readout)
     return RunConfig(model=model, task=task, train=training(published, budget))
@@ -137,14 +151,14 @@ def pathfinder_segmentation(
 
 def _pixels(mixer: Name, asked: Pixels | None) -> Pixels:
     """How pixels come to a mixer. Positions are told with tokens, so attention takes no signal."""
-    told = MODELS[mixer].positions
+    told = MODELS[mixer]["pathfinder"].learned_positions
     if told and asked == "signal":
         raise BadInput(f"pixels is 'signal': a {mixer} is told positions with its tokens, take tokens")
     return asked or ("tokens" if told else "signal")
 
 
-def _states(size: Size) -> Size:
-    return size if size.d_state is not None else replace(size, d_state=64)
+def _states(size: Size, mixer: Name) -> Size:
+    return replace(size, d_state=64) if size.d_state is None and mixer in ("s4", "s4d") else size
 
 
 def _of_pixels(config: RunConfig, pixels: Pixels, **system: Any) -> RunConfig:

@@ -193,7 +193,7 @@ def test_unknown_names_get_the_nearest():
 
 # Long Range Arena
 
-MIXERS = ("s4", "s4d", "transformer", "linear_transformer")
+MIXERS = ("s4", "s4d", "s5", "mega", "transformer", "linear_transformer")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -218,6 +218,18 @@ def test_published_sizes_of_the_arena():
     assert (s4.model.blocks[0].mixer.system.d_state, s4.model.blocks[0].mixer.bidirectional) == (4, True)
     assert (s4.train.steps, s4.train.batch_size, s4.train.lr, s4.train.weight_decay) == (120_000, 32, 1e-2, 0.05)
     assert (text(mixer="s4").train.batch_size, retrieval(mixer="s4").train.batch_size) == (16, 64)
+    assert [(block.norm, block.order) for block in (s4.model.blocks[0], text(mixer="s4").model.blocks[0])] == [
+        ("batch", "post"),
+        ("batch", "pre"),
+    ]
+    s5 = text(mixer="s5")
+    assert (len(s5.model.blocks), s5.model.d_model, s5.model.blocks[0].mixer.d_state) == (6, 256, 192)
+    assert (s5.model.blocks[0].dropout, s5.model.blocks[0].mixer.dropout, s5.train.steps) == (0.1, 0.1, 35 * 25_000 // 50)
+    assert retrieval(mixer="s5").train.steps == 20 * 147_086 // 32 + 1
+    mega = listops(mixer="mega")
+    assert (len(mega.model.blocks), mega.model.d_model, mega.model.blocks[0].channel.d_ff) == (6, 80, 160)
+    assert (mega.model.blocks[0].mixer.max_positions, retrieval(mixer="mega").model.blocks[0].norm) == (2002, "scale")
+    assert (mega.train.betas, mega.train.schedule, mega.train.steps) == ((0.9, 0.98), "linear", 90_000)
     base = listops(mixer="transformer")
     block = base.model.blocks[0]
     assert (len(base.model.blocks), base.model.d_model, block.channel.d_ff, block.mixer.n_head) == (4, 512, 1024, 8)
