@@ -1,7 +1,7 @@
 """What every subject measures with: a timer, a memory gauge, the device's ceilings, and a check before each time.
 
-On a GPU a time is the median of several calls between CUDA events, each after a buffer larger than L2 was written: the inputs
-come from memory, and the host is far enough ahead that launches are not timed. On a CPU it is the median of several calls by
+On a GPU a time is the median of several calls between CUDA events, each after a buffer larger than L2 was written and the device
+has idled for some milliseconds: the inputs come from memory, and the host is far enough ahead that launches are not timed. On a CPU it is the median of several calls by
 the clock. What fails (a missing kernel, memory) leaves a row that says so instead of a time.
 """
 
@@ -31,6 +31,8 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
 """Largest ||found - expected|| / ||expected|| of an output or a gradient that may be timed."""
 
 FLUSH_BYTES = 1 << 30
+AHEAD_CYCLES = 8_000_000
+"""What the device idles through before each call, some 4 ms: the host launches all of a forward and backward meanwhile."""
 GPU_BUDGET_MS = 60.0
 CPU_REPEATS = 5
 OUT_OF_MEMORY = "out of memory"
@@ -150,6 +152,7 @@ class Bench:
             pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
             for start, stop in pairs:
                 flush.zero_()
+                torch.cuda._sleep(AHEAD_CYCLES)
                 start.record()
                 call()
                 stop.record()

@@ -355,7 +355,9 @@ def test_on_a_gpu_it_is_what_it_is_on_a_cpu(config):
                 y, state = fast.step(token, state)
                 said.append(y[:, None])
         assert_close(torch.cat(said, 1).cpu(), outputs[0], 1e-4)
+    # A sum of squares behind a layer norm would hardly depend on anything.
+    asked = torch.randn(outputs[0].shape)
     for y in outputs:
-        y.square().sum().backward()
+        (y * asked.to(y.device)).sum().backward()
     for (name, slow), quick in zip(plain.named_parameters(), fast.parameters(), strict=True):
         assert_close(quick.grad.cpu(), slow.grad, 1e-3), name
