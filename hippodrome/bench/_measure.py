@@ -1,8 +1,9 @@
 """What every subject measures with: a timer, a memory gauge, the device's ceilings, and a check before each time.
 
-On a GPU a time is the median of several calls between CUDA events, each after a buffer larger than L2 was written and the device
-has idled for some milliseconds: the inputs come from memory, and the host is far enough ahead that launches are not timed. On a CPU it is the median of several calls by
-the clock. What fails (a missing kernel, memory) leaves a row that says so instead of a time.
+On a GPU a time is the median of several calls between CUDA events, each after a buffer larger than L2 was written and the
+device has idled for some milliseconds: the inputs come from memory, and the host is far enough ahead that launches are not
+timed. On a CPU it is the median of several calls by the clock. What fails (a missing kernel, memory) leaves a row that says so
+instead of a time.
 """
 
 from __future__ import annotations

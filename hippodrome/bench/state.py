@@ -29,7 +29,7 @@ from hippodrome.embeds.tokens import Tokens
 from hippodrome.generation import time_steps
 from hippodrome.model import Model, ModelConfig, ModelState
 from hippodrome.part import BadInput
-from hippodrome.recipes import find_recipe, recipes
+from hippodrome.recipes import find_recipe
 from hippodrome.recipes._lm import Text
 
 TRANSFORMER = "Transformer"
@@ -41,7 +41,7 @@ SYSTEMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "GSS": ("gss", {"d_state": 512}),
     "DLR": ("dlr", {"d_state": 4096}),
     "S5": ("s5", {}),
-    "Mega, chunks of 128": ("mega", {"chunk": 128}),
+    "Mega, chunks of 128": ("mega.chunked", {"chunk": 128}),
 }
 """Way -> its recipe and what that is asked for."""
 WAYS = (TRANSFORMER, *SYSTEMS)
@@ -90,7 +90,7 @@ def rows(
 
 
 def _models(channels: int, layers: int, modes: int | None, vocabulary: int) -> dict[str, ModelConfig]:
-    """Those whose recipes are here. Attention comes last: where its keys and values do not fit, the rest is measured."""
+    """Attention comes last: where its keys and values do not fit, the rest is measured."""
     if channels % HEAD_WIDTH:
         raise BadInput(f"channels is {channels}: it must be a multiple of {HEAD_WIDTH}, the width of an attention head")
     shape: dict[str, Any] = {"n_layer": layers, "d_model": channels, "n_head": channels // HEAD_WIDTH}
@@ -98,8 +98,6 @@ def _models(channels: int, layers: int, modes: int | None, vocabulary: int) -> d
     embed = Tokens.Config(vocab_size=vocabulary, pad_to_multiple=64)
     found = {}
     for way, (name, asked) in {**SYSTEMS, TRANSFORMER: ("transformer", {})}.items():
-        if name not in recipes():
-            continue
         recipe = find_recipe(name)
         known = inspect.signature(recipe).parameters
         sized = {"d_state": modes} if modes is not None and "d_state" in known else {}
