@@ -14,7 +14,9 @@ Curve = tuple[Sequence[float], Sequence[float]]
 # Okabe and Ito's palette: told apart with any kind of colour vision; dashes and markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_CROWDED = 6
+"""Competitors from which on one legend beside the panels takes the place of one in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,12 @@ def draw(path: Path, panels: Sequence[Panel], title: str) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     for i, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, names)
+    if len(names) > _CROWDED:
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+        figure.legend(list(lines.values()), [str(name) for name in lines], loc="outside right center", frameon=False)
+    else:
+        for axes in figure.axes:
+            axes.legend(frameon=False)
     with replacing(path) as beside:
         figure.savefig(beside, format="png")
 
@@ -101,4 +109,3 @@ def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
