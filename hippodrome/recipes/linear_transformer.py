@@ -10,6 +10,9 @@ from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER as PAPER_LANGUAGE
+from hippodrome.recipes._synthetic import Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 _FEATURES = {"elu": Elu(), "favor": Favor(), "fourier": Fourier(), "rectified": Rectified()}
@@ -43,6 +46,11 @@ def linear_transformer(
     mixers = [LinearAttention.Config(n_head=n_head, features=_FEATURES[features])] * n_layer
     learned = positions == "learned"
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout, learned_positions=learned)
+
+
+def synthetic(*, language: Language = PAPER_LANGUAGE) -> RunConfig:
+    """Linear attention with one head and learned positions on a synthetic language, in the blocks of the H3 paper."""
+    return _synthetic(LinearAttention.Config(n_head=1), language, learned_positions=True)
 
 
 def atomic(*, n_head: int = 4, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
