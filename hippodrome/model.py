@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hippodrome.ops.add_norm import add_norm
+from hippodrome.norms import Norm, add_and_norm, build_norm
 from hippodrome.part import BadInput, Part
 from hippodrome.state import State
 from hippodrome.task import Batch
@@ -26,25 +25,6 @@ S = TypeVar("S", bound=State)
 
 Aux = Mapping[str, Tensor]
 """Extra results of a channel mixer by name: "loss/..." is added to the training loss, anything else is a gauge."""
-
-
-class Fp32Parameters(nn.Module):
-    """A module whose own parameters and buffers stay fp32 when the model is cast to half precision.
-
-    Decays and time steps near one lose their meaning in bf16, so `model.to(torch.bfloat16)` moves them but never rounds
-    them. Submodules are left alone.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = moved.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
-            return tensor.to(moved.device) if narrowed else moved
-
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(keep_precision, recurse=False)
 
 
 class Mixer(Part, nn.Module, Generic[S], folder="mixers"):
@@ -147,16 +127,13 @@ class Readout(Part, nn.Module, folder="readouts"):
         raise NotImplementedError
 
 
-Norm = Literal["layer", "rms", "scale", "scalar", "batch"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One residual block: x + mixer(norm(x)), then x + channel(norm(x)).
 
     order "post": norm(x + mixer(x)), then norm(x + channel(x)); a model whose last block is one has no final norm. norm
     "scale": RMSNorm with one number for all channels. "batch": statistics of a channel over all positions of the batch, padding
-    included, and of all GPUs'; those of training are what is used outside of it. "scalar": DLR's, see `_ScalarNorm`.
+    included, and of all GPUs'; those of training are what is used outside of it. "scalar": DLR's, see `norms.ScalarNorm`.
     """
 
     mixer: Mixer.Config
@@ -183,61 +160,6 @@ class ModelConfig:
         return Model(self)
 
 
-class _ScaleNorm(nn.Module):
-    """x / rms(x) times one learned number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], None, 1e-5) * self.weight
-
-
-class _ScalarNorm(nn.Module):
-    """y = scale (x - mean + shift) / std over the last axis, scale and shift one number each.
-
-    The statistics are fp32. Equal channels have no spread to divide by: the variance is kept above 1e-12.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-        return (self.scale * (wide - mean + self.shift) * (variance + 1e-12).rsqrt()).to(x.dtype)
-
-
-class _BatchNorm(Fp32Parameters, nn.SyncBatchNorm):
-    """Batch norm of (..., D). In one process it is torch's BatchNorm1d."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
-
-
-def _norm(kind: Norm, d_model: int) -> nn.Module:
-    if kind == "layer":
-        return nn.LayerNorm(d_model)
-    if kind == "rms":
-        return nn.RMSNorm(d_model, eps=1e-6)
-    if kind == "batch":
-        return _BatchNorm(d_model)
-    return _ScaleNorm() if kind == "scale" else _ScalarNorm()
-
-
-def _added(x: Tensor, delta: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + delta (B, D) and its norm, in one go where there is an op for it; delta None: nothing is added."""
-    if delta is None:
-        return x, norm(x)
-    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        return (x := x + delta), norm(x)
-    assert norm.eps is not None
-    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    return add_norm(x, delta, norm.weight, bias, norm.eps, centred=isinstance(norm, nn.LayerNorm))
-
-
 class Block(nn.Module):
     """A residual unit: mixer, then channel mixer, with norms before them or behind the sums."""
 
@@ -245,11 +167,11 @@ class Block(nn.Module):
         super().__init__()
         self.post = config.order == "post"
         mixer: Mixer[Any] = config.mixer.build(d_model)
-        norm, dropout = _norm(config.norm, d_model), nn.Dropout(config.dropout)
+        norm, dropout = build_norm(config.norm, d_model), nn.Dropout(config.dropout)
         left, self.mixer_dropout = mixer.claim(nn.Identity() if self.post else norm, dropout)
         self.mixer_norm = norm if self.post else left
         self.mixer = mixer
-        self.channel_norm = _norm(config.norm, d_model) if config.channel else None
+        self.channel_norm = build_norm(config.norm, d_model) if config.channel else None
         self.channel: ChannelMixer | None = config.channel.build(d_model) if config.channel else None
         self.dropout = dropout
 
@@ -266,11 +188,11 @@ class Block(nn.Module):
             x = x if delta is None else x + delta
             mixed, after = stepper.step(x, state, position)
             return self._mix_channels(self._sum(x, self.mixer_dropout(mixed), self.mixer_norm))[0], None, after
-        x, normed = _added(x, delta, self.mixer_norm)
+        x, normed = add_and_norm(x, delta, self.mixer_norm)
         mixed, after = stepper.step(normed, state, position)
         delta = self.mixer_dropout(mixed)
         if self.channel is not None and self.channel_norm is not None:
-            x, normed = _added(x, delta, self.channel_norm)
+            x, normed = add_and_norm(x, delta, self.channel_norm)
             delta = self.dropout(self.channel(normed)[0])
         return x, delta, after
 
@@ -320,7 +242,7 @@ class Model(nn.Module):
         self.embed: Embed = config.embed.build(config.d_model)
         self.blocks = nn.ModuleList(Block(block, config.d_model) for block in config.blocks)
         last = config.blocks[-1]
-        self.final_norm = _norm(last.norm, config.d_model) if last.order == "pre" else nn.Identity()
+        self.final_norm = build_norm(last.norm, config.d_model) if last.order == "pre" else nn.Identity()
         self.readout: Readout = config.readout.build(config.d_model, self.embed)
         self._init_weights()
 
@@ -441,7 +363,7 @@ class ModelStepper:
         for block, mixer, before in zip(model.blocks, self.mixers, state.blocks, strict=True):
             x, delta, block_state = cast(Block, block).step(x, delta, before, state.position, mixer)
             after.append(block_state)
-        _, normed = _added(x, delta, model.final_norm)
+        _, normed = add_and_norm(x, delta, model.final_norm)
         logits = model.readout(normed.unsqueeze(1)).squeeze(1)
         return logits, ModelState(state.position + 1, tuple(after))
 

@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 
 FLOORS = (
     "part state patterns task files documents tokenizer data devices metrics flags plots",
-    "ops model tasks",
+    "ops norms model tasks",
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels cuda_graph optim step train generation evaluate parity progress",

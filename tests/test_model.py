@@ -17,7 +17,8 @@ from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, ChannelMixer, Fp32Parameters, Model, ModelConfig
+from hippodrome.model import BlockConfig, ChannelMixer, Model, ModelConfig
+from hippodrome.norms import Fp32Parameters
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Full, Window
 from hippodrome.readouts.lm import Lm

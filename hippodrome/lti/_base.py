@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hippodrome.model import Fp32Parameters
+from hippodrome.norms import Fp32Parameters
 from hippodrome.ops.diagonal_ssm import diagonal_ssm, mode_kernel, mode_powers
 from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import Part

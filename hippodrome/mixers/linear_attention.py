@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippodrome.model import Fp32Parameters, Mixer
+from hippodrome.model import Mixer
+from hippodrome.norms import Fp32Parameters
 from hippodrome.ops.linear_attention import EPS, linear_attention
 from hippodrome.part import BadInput, Choice
 from hippodrome.state import State

@@ -21,7 +21,8 @@ from hippodrome.mixers.linear_attention import LinearAttention
 from hippodrome.mixers.mega import Mega
 from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
-from hippodrome.model import BlockConfig, Mixer, ModelConfig, Norm, Readout
+from hippodrome.model import BlockConfig, Mixer, ModelConfig, Readout
+from hippodrome.norms import Norm
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full
 from hippodrome.run import RunConfig, TrainConfig
