@@ -1,4 +1,4 @@
-"""S4 (Gu, Goel, Ré, ICLR 2022): a language model."""
+"""S4 (Gu, Goel, Ré, ICLR 2022): a language model, the synthetic languages, and the atomic tasks of DLR's paper."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._synthetic import PAPER, Language
+from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 
@@ -38,6 +40,11 @@ def s4(
     """
     system = S4.Config(d_state=d_state, init=init, length=text.length, n_ssm=n_ssm)
     return language_model([SSM.Config(system=system)] * n_layer, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
+
+
+def synthetic(*, language: Language = PAPER) -> RunConfig:
+    """S4, one matrix for all channels, on a synthetic language, in the blocks that the H3 paper gives its systems."""
+    return _synthetic(SSM.Config(system=S4.Config(n_ssm=1, length=32), glu=False), language)
 
 
 def atomic(*, d_state: int = 64, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:

@@ -30,7 +30,7 @@ OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder
 def test_the_recipes_asked_for_are_there():
     wanted = {"h3", "h3.pure", "h3.synthetic", "h3.no_shift", "transformer", "transformer.synthetic", "s4d", "s4d.synthetic"}
     wanted |= {"linear_transformer", "linear_transformer.synthetic", "s5", "s5.synthetic"}
-    wanted |= {"mega", "mega.chunked", "mega.synthetic", "s4"}
+    wanted |= {"mega", "mega.chunked", "mega.synthetic", "s4", "s4.synthetic", "dss", "dss.synthetic"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     wanted |= {"lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
