@@ -130,9 +130,10 @@ def test_the_synthetic_h3_has_the_papers_size():
     assert 46_000 < count_parameters(find_recipe("h3.synthetic")().model) < 47_000
 
 
-def test_only_the_transformer_has_positions_in_the_synthetic_race():
+def test_only_transformers_have_positions_in_the_synthetic_race():
     positions = {name: find_recipe(name)().model.embed.positions for name in SYNTHETIC}
-    assert positions == {**dict.fromkeys(SYNTHETIC, 0), "transformer.synthetic": 32}
+    told = {"transformer.synthetic": 32, "linear_transformer.synthetic": 32}
+    assert positions == {**dict.fromkeys(SYNTHETIC, 0), **told}
 
 
 @pytest.mark.parametrize("name", ATOMIC)
