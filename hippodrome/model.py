@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from hippodrome.norms import Norm, add_and_norm, build_norm
 from hippodrome.part import BadInput, Part
 from hippodrome.state import State
-from hippodrome.task import Batch
+from hippodrome.task import Batch, several
 
 S = TypeVar("S", bound=State)
 
@@ -302,7 +302,7 @@ class Model(nn.Module):
         self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
     ) -> tuple[Tensor, ModelState | None, Aux, Tensor | None]:
         """Final hidden vectors, state, extras, and lengths in the form that readouts take."""
-        if inputs.dim() == 3 and not inputs.is_floating_point():
+        if several(inputs):
             inputs, lengths = inputs.flatten(0, 1), None if lengths is None else lengths.flatten()
         aligned, undo, counts = inputs, None, lengths
         if lengths is not None and lengths.dim() == 2:

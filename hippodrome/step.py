@@ -17,7 +17,7 @@ from hippodrome import devices
 from hippodrome.cuda_graph import GraphedStep
 from hippodrome.model import Model, ModelState
 from hippodrome.run import TrainConfig
-from hippodrome.task import Batch, Task
+from hippodrome.task import Batch, Task, several
 
 
 def micro_batch(settings: TrainConfig) -> int:
@@ -171,8 +171,7 @@ def _refilled(state: ModelState, tensors: Sequence[Tensor]) -> ModelState:
 
 
 def _count_tokens(batch: Batch) -> int:
-    several = batch.inputs.dim() == 3 and not batch.inputs.is_floating_point()
     if batch.lengths is None:
-        return batch.inputs.numel() if several else batch.inputs.shape[0] * batch.inputs.shape[1]
-    spans = batch.lengths.dim() == 2 and not several
+        return batch.inputs.numel() if several(batch.inputs) else batch.inputs.shape[0] * batch.inputs.shape[1]
+    spans = batch.lengths.dim() == 2 and not several(batch.inputs)
     return int((batch.lengths[:, 1] - batch.lengths[:, 0] if spans else batch.lengths).sum())

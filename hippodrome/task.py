@@ -57,6 +57,11 @@ class Batch:
         return Batch(*cut)  # type: ignore[arg-type]
 
 
+def several(inputs: Tensor) -> bool:
+    """Whether a row of the inputs is several sequences, ids (B, G, L)."""
+    return inputs.dim() == 3 and not inputs.is_floating_point()
+
+
 class Task(Part, folder="tasks"):
     """What is learned. `batch` is a pure function of its arguments and the config's seed: resuming needs no loader state."""
 
