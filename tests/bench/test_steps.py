@@ -59,10 +59,18 @@ def test_flops_of_gpt_125m():
 
 
 def test_classifiers_differ_in_their_mixer_only():
-    models = lra._models(32, 2, 4, False)
+    models = lra._models(32, 2, 4, False, 256)
     with torch.device("meta"):
         flops = {way: model_flops(config.build(), 256) for way, config in models.items()}
     assert flops[lra.PLAIN] == flops[lra.FAST] > flops[lra.STATE_MLP] > flops[lra.STATE]
+
+
+def test_flops_of_mega_by_hand():
+    """Half of the keys of a chunk, for queries and keys of D / 4 and values of 2 D; averages as state passing."""
+    with torch.device("meta"):
+        whole, chunks = (lra._models(32, 1, 4, False, 256)[way].build() for way in (lra.MEGA, lra.MEGA_CHUNK))
+    saved = 6 * (256 - 128) // 2 * (8 + 64)
+    assert model_flops(whole, 256) - model_flops(chunks, 256) == saved
 
 
 def test_plain_attention_is_torchs_math_and_the_same_function():
