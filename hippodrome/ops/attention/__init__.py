@@ -225,3 +225,4 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 # Backends register themselves; the reference must exist first.
 from hippodrome.ops.attention import sdpa as _sdpa  # noqa: E402, F401
+from hippodrome.ops.attention import triton as _triton  # noqa: E402, F401

@@ -17,12 +17,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sees(q, k, A, CODE: tl.constexpr):
+def sees(q, k, A, R, CODE: tl.constexpr):
     """Whether a query at position q sees a key at k: `Pattern.visible` of the patterns that have a code."""
     if CODE == _CAUSAL:
         seen = k <= q
     elif CODE == _WINDOW:
-        seen = (k <= q) & (q - k < A)
+        seen = (k <= q + R) & (q - k < A)
     elif CODE == _CHUNK:
         seen = (k <= q) & (q // A == k // A)
     elif CODE == _PREFIX:
@@ -33,7 +33,7 @@ def sees(q, k, A, CODE: tl.constexpr):
 
 
 @triton.jit
-def keys_met(first, last, n_k, A, CODE: tl.constexpr):
+def keys_met(first, last, n_k, A, R, CODE: tl.constexpr):
     """Of queries at positions first..last the keys [lo, hi) that any sees and, within, [a, b) that all see."""
     lo = first * 0
     a = lo
@@ -45,6 +45,8 @@ def keys_met(first, last, n_k, A, CODE: tl.constexpr):
     if CODE == _WINDOW:
         lo = first - A + 1
         a = last - A + 1
+        b += R
+        hi += R
     if CODE == _CHUNK:
         lo = first // A * A
         a = last // A * A
@@ -57,7 +59,7 @@ def keys_met(first, last, n_k, A, CODE: tl.constexpr):
 
 
 @triton.jit
-def queries_met(first, last, n_q, shift, A, CODE: tl.constexpr):
+def queries_met(first, last, n_q, shift, A, R, CODE: tl.constexpr):
     """Of keys at positions first..last the queries [lo, hi) that see any and, within, [a, b) that see all: indices."""
     lo = first * 0
     a = lo
@@ -67,6 +69,8 @@ def queries_met(first, last, n_q, shift, A, CODE: tl.constexpr):
         lo = first - shift
         a = last - shift
     if CODE == _WINDOW:
+        lo -= R
+        a -= R
         b = first + A - shift
         hi = last + A - shift
     if CODE == _CHUNK:
@@ -121,7 +125,7 @@ def kept(seed, q_at, k_at, row, drop):
     zero = (q_at + k_at) * 0
     bits, _, _, _ = tl.philox(seed, (zero + k_at).to(tl.uint32), (zero + q_at).to(tl.uint32), (zero + row).to(tl.uint32),
                               zero.to(tl.uint32))  # fmt: skip
-    return (bits >> 8).to(tl.float32) * (1.0 / (1 << 24)) >= drop
+    return tl.uint_to_uniform_float(bits) >= drop
 
 
 @triton.jit
@@ -162,18 +166,16 @@ def place(
 
 @triton.jit
 def hide(s, seen, mask, inner, table, here, T: tl.constexpr, TABLE: tl.constexpr):
-    """Scores with what is hidden at -inf; a key that counts n times gains log2 n."""
+    """Scores with what is hidden at -inf."""
     if TABLE:
-        count = tl.load(table + mask * (T * T) + inner, mask=here & (mask >= 0), other=1)
-        seen = seen & (count > 0)
-        s += tl.log2(tl.maximum(count, 1).to(tl.float32))
+        seen = seen & (tl.load(table + mask.to(tl.int64) * (T * T) + inner, mask=here & (mask >= 0), other=1) != 0)
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
 def forward(
     q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, out, lse, part, part_lse,
-    heads, group, n_q, n_k, lse_row, width, n_plan, n_slots, scale, cap, drop, A,
+    heads, group, n_q, n_k, lse_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
@@ -215,7 +217,7 @@ def forward(
     if DROP:
         key = tl.load(seed)
     if BIAS:
-        bias += b * sb_b + h * sb_h
+        bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     if LIST:
         step = N // T
         first = begin
@@ -224,7 +226,7 @@ def forward(
         last = finish
     else:
         step = 1
-        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, CODE)
+        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
         if SPLIT:
             split = tl.program_id(2)
@@ -272,7 +274,7 @@ def forward(
                 if EDGE:
                     seen = k_in[None, :]
                     if CODE != 0:
-                        seen = seen & sees(q_pos[:, None], k_at[None, :], A, CODE)
+                        seen = seen & sees(q_pos[:, None], k_at[None, :], A, R, CODE)
                     inner = (q_at[:, None] % T) * T + k_at[None, :] % T
                     s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
                 rise = tl.maximum(top, tl.max(s, 1))
@@ -282,7 +284,7 @@ def forward(
             mass = mass * fade + tl.sum(p, 1)
             acc = acc * fade[:, None]
             if DROP:
-                p = tl.where(kept(key, q_at[:, None], k_at[None, :], row, drop), p * (1 / (1 - drop)), 0.0)
+                p = tl.where(kept(key, q_0 + q_at[:, None], k_0 + k_at[None, :], row, drop), p * (1 / (1 - drop)), 0.0)
             acc = tl.dot(p.to(x_v.dtype), x_v, acc, input_precision=PRECISION)
             top = rise
     y = acc / tl.where(mass == 0, 1.0, mass)[:, None]
@@ -323,7 +325,7 @@ def dot_products(
 @triton.jit
 def gradient_q(
     q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, d_y, lse, delta, d_q, d_bias, part,
-    heads, group, n_q, n_k, lse_row, width, n_plan, n_slots, scale, cap, drop, A,
+    heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
@@ -372,9 +374,9 @@ def gradient_q(
     if DROP:
         key = tl.load(seed)
     if BIAS:
-        bias += b * sb_b + h * sb_h
+        bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     if D_BIAS:
-        d_bias += row.to(tl.int64) * n_q * n_k
+        d_bias += (row.to(tl.int64) * lse_row + q_0) * bias_row + k_0
     if LIST:
         step = N // T
         first = begin
@@ -383,7 +385,7 @@ def gradient_q(
         last = finish
     else:
         step = 1
-        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, CODE)
+        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
     acc = tl.zeros((M, D), tl.float32)
     for stage in tl.static_range(2):
@@ -411,22 +413,17 @@ def gradient_q(
             if EDGE:
                 seen = k_in[None, :]
                 if CODE != 0:
-                    seen = seen & sees(q_pos[:, None], k_at[None, :], A, CODE)
+                    seen = seen & sees(q_pos[:, None], k_at[None, :], A, R, CODE)
                 inner = (q_at[:, None] % T) * T + k_at[None, :] % T
                 s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
             p = tl.exp2(s - level[:, None])
             d_p = tl.dot(x_d, tl.trans(x_v), input_precision=PRECISION)
             if DROP:
-                d_p = tl.where(kept(key, q_at[:, None], k_at[None, :], row, drop), d_p * (1 / (1 - drop)), 0.0)
+                d_p = tl.where(kept(key, q_0 + q_at[:, None], k_0 + k_at[None, :], row, drop), d_p * (1 / (1 - drop)), 0.0)
             d_s = p * (d_p - loss[:, None])
             if D_BIAS:
-                to = d_bias + q_at.to(tl.int64)[:, None] * n_k + k_at[None, :]
-                if LIST:
-                    # A tile listed twice, or for its place in several columns, adds up: one program owns the row.
-                    d_s_b = d_s + tl.load(to, mask=here, other=0.0)
-                    tl.store(to, d_s_b, mask=here)
-                else:
-                    tl.store(to, d_s, mask=here)
+                to = d_bias + q_at.to(tl.int64)[:, None] * bias_row + k_at[None, :]
+                tl.store(to, d_s, mask=here)
             d_s *= rest
             acc = tl.dot(d_s.to(x_k.dtype), x_k, acc, input_precision=PRECISION)
     acc *= scale
@@ -441,7 +438,7 @@ def gradient_q(
 @triton.jit
 def gradient_kv(
     q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, d_y, lse, delta, d_k, d_v, part,
-    heads, group, n_q, n_k, lse_row, width, n_plan, n_slots, scale, cap, drop, A,
+    heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
@@ -491,7 +488,7 @@ def gradient_kv(
         last = finish
     else:
         step = 1
-        lo, a, z, hi = queries_met(at, tl.minimum(at + N, n_k) - 1, n_q, shift, A, CODE)
+        lo, a, z, hi = queries_met(at, tl.minimum(at + N, n_k) - 1, n_q, shift, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, M)
     sum_k = tl.zeros((N, D), tl.float32)
     sum_v = tl.zeros((N, D), tl.float32)
@@ -506,7 +503,7 @@ def gradient_kv(
             slope = tl.load(slopes + h)
         bias_h = bias
         if BIAS:
-            bias_h = bias + b * sb_b + h * sb_h
+            bias_h = bias + b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
         for stage in tl.static_range(2):
             if stage == 0:
                 i_0 = whole
@@ -536,14 +533,14 @@ def gradient_kv(
                 if EDGE:
                     seen = here
                     if CODE != 0:
-                        seen = seen & sees(q_pos[None, :], k_at[:, None], A, CODE)
+                        seen = seen & sees(q_pos[None, :], k_at[:, None], A, R, CODE)
                     inner = (q_at[None, :] % T) * T + k_at[:, None] % T
                     s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
                 p = tl.exp2(s - level[None, :])
                 d_p = tl.dot(x_v, tl.trans(x_d), input_precision=PRECISION)
                 dropped = p
                 if DROP:
-                    keep = kept(key, q_at[None, :], k_at[:, None], line.to(tl.int32), drop)
+                    keep = kept(key, q_0 + q_at[None, :], k_0 + k_at[:, None], line.to(tl.int32), drop)
                     dropped = tl.where(keep, p * (1 / (1 - drop)), 0.0)
                     d_p = tl.where(keep, d_p * (1 / (1 - drop)), 0.0)
                 sum_v = tl.dot(dropped.to(x_d.dtype), x_d, sum_v, input_precision=PRECISION)
