@@ -226,7 +226,9 @@ def _batches(rows: Sequence[Row]) -> list[set[int]]:
 def _figure(row: Row) -> str:
     if row.ms is None:
         return row.error or ""
-    return f"{row.more['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row.more else f"{row.ms:.3g} ms"
+    if "tokens_per_s" in row.more:
+        return f"{row.more['tokens_per_s']:,.0f} tokens/s"
+    return f"{row.ms:.3g} ms" + (f", {row.more['tflop_per_s']:.3g} TFLOP/s" if "tflop_per_s" in row.more else "")
 
 
 def ratio_lines(report: Report) -> Iterator[str]:
