@@ -87,7 +87,7 @@ def exact(pattern: Pattern, heads: Tensor) -> Attention:
 
         starts = range(0, q.shape[2], size)
         return torch.cat(
-            [checkpoint(some, q[:, :, i : i + size], k, v, i, use_reentrant=False) for i in starts],  # type: ignore[misc]
+            [checkpoint(some, q[:, :, i : i + size], k, v, i, use_reentrant=False) for i in starts],
             2,
         )
 
@@ -125,7 +125,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
     # A shape and a mask are compiled each; the default limit is the eighth.
     torch._dynamo.config.cache_size_limit = max(256, torch._dynamo.config.cache_size_limit)
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _visible(pattern: Pattern, q: Tensor, k: Tensor, start: int, heads: Tensor | None = None) -> Tensor:
