@@ -1,6 +1,7 @@
 """One long text read by full attention, sparse attention, linear attention and H3's hybrid, at any length of a row.
 
-    hippodrome grid long_text+system=full long_text+system=window long_text+system=linear long_text+system=h3 \
+    hippodrome grid long_text+system=full long_text+system=window \
+        long_text+system=bigbird long_text+system=linear long_text+system=h3 \
         --over length 2048 8192 32768 --text FILE --tokens 8388608 --step-tokens 32768 --precision bf16
 
 gives quality, speed and memory of all at equal parameters and tokens.
@@ -16,13 +17,13 @@ from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.linear_attention import LinearAttention
 from hippodrome.model import Mixer
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Pattern, Window
+from hippodrome.patterns import BigBird, Causal, Pattern, Window
 from hippodrome.recipes._lm import Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
 BYTES = Text(tokenizer="bytes", length=2048)
 BUDGET = TrainConfig(steps=256, batch_size=16, lr=1e-3, clip=1.0, warmup=0.05, log_every=5)
-System = Literal["full", "window", "linear", "h3"]
+System = Literal["full", "window", "bigbird", "linear", "h3"]
 
 
 def long_text(
@@ -33,6 +34,7 @@ def long_text(
     d_ff: int | None = None,
     n_head: int = 4,
     window: int = 256,
+    tile: int = 64,
     d_state: int = 64,
     tokens: int | None = None,
     step_tokens: int | None = None,
@@ -44,12 +46,14 @@ def long_text(
     Attention has rotary positions; linear attention and H3 have none, as learned ones would be parameters of a length.
 
     Args:
-        system: full attention, a window, linear attention, or H3 with full attention in two blocks.
+        system: full attention, a window, causal BigBird, linear attention, or H3 with full attention in two blocks.
         n_layer: Blocks.
         d_model: Width.
         d_ff: Width inside the MLPs; None: 4 d_model.
         n_head: Attention heads.
         window: Keys that a query of `window` sees.
+        tile: Tokens of a side of the tiles of BigBird, of which a query sees its own, the one before, the first and three
+            random ones.
         d_state: States of H3.
         tokens: Tokens that are trained on, instead of so many steps.
         step_tokens: Tokens of a step, instead of so many rows.
@@ -63,6 +67,7 @@ def long_text(
     mixers: dict[str, Mixer.Config] = {
         "full": attention(Causal()),
         "window": attention(Window(size=window)),
+        "bigbird": attention(BigBird(tile=tile)),
         "linear": LinearAttention.Config(n_head=n_head),
         "h3": H3.Config(d_state=d_state),
     }

@@ -297,6 +297,6 @@ def test_a_long_text_has_its_budget_in_tokens():
 
 
 def test_the_systems_of_a_long_text_come_to_equal_parameters():
-    found = {system: find_recipe(f"long_text+system={system}")() for system in ("full", "window", "linear", "h3")}
+    found = {system: find_recipe(f"long_text+system={system}")() for system in ("full", "window", "bigbird", "linear", "h3")}
     first = count_parameters(found["full"].model)
     assert all(abs(count_parameters(c.model) - first) < 0.02 * first for c in match(found).values())
