@@ -59,7 +59,7 @@ def _describe_one(entry: str) -> str:
         import hippodrome.patterns
 
         pattern = next(getattr(hippodrome.patterns, each) for each in _patterns() if each.lower() == name)
-        return "\n\n".join([entry, inspect.getdoc(pattern) or "", _fields(pattern), _files([_ROOT / "patterns.py"])])
+        return "\n\n".join([entry, inspect.getdoc(pattern) or "", _fields(pattern), _files([Path(inspect.getfile(pattern))])])
     file = _file(folder, name)
     sections = [entry, ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""]
     if folder != "ops":
@@ -150,7 +150,8 @@ def _ops() -> list[str]:
 
 
 def _patterns() -> dict[str, str]:
-    """Class -> first line of its docstring, of every pattern."""
-    body = ast.parse((_ROOT / "patterns.py").read_text(encoding="utf-8")).body
-    classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Pattern"]
-    return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in classes}
+    """Class -> first line of its docstring, of every pattern, what combines them included."""
+    from hippodrome.patterns import And, Or, kinds
+
+    classes = [*kinds().values(), And, Or]
+    return {kind.__name__: (inspect.getdoc(kind) or "").partition("\n")[0] for kind in classes}

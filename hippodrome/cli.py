@@ -224,6 +224,8 @@ def bench(
     state_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     mode: Literal["eager", "blocks", "whole", "graph"] | None = None,
     checkpointing: bool = False,
+    tiles: tuple[int, ...] | None = None,
+    longest: bool = False,
     ways: tuple[str, ...] = (),
     repeats: int | None = None,
     device: str = "auto",
@@ -236,7 +238,8 @@ def bench(
     A flag that is not given is the subject's own choice for the device; one that it does not know is refused.
 
     Args:
-        subject: diagonal_ssm, long_conv, h3, linear_attention, scan, train, generate, state or lra.
+        subject: diagonal_ssm, long_conv, h3, linear_attention, scan, attention, block_sparse, train, attention_train, generate,
+            state or lra.
         lengths: Tokens of a row, of a prompt, or before a step.
         tokens: Tokens of a batch, kept at every length.
         batch: Rows, instead of as many as make the tokens.
@@ -244,14 +247,16 @@ def bench(
         layers: Blocks of a model.
         modes: Complex modes of a channel; of the models of `state`, states.
         taps: Taps of a short or long kernel; of long_conv by default as many as tokens.
-        head_dim: Channels of a head of H3 or of linear attention.
+        head_dim: Channels of a head of H3, of linear attention or of attention.
         vocabulary: Ids of a language model.
         new_tokens: Tokens generated after a prompt.
-        bidirectional: Classifiers of lra that look both ways.
+        bidirectional: Classifiers of lra, and patterns of block_sparse, that look both ways.
         dtype: fp32, or inputs (of models: autocast) in bf16 or fp16.
         state_dtype: How generation stores H3's states between steps.
         mode: How models run: eager, torch.compile of their blocks or of the whole, or one CUDA graph a step.
         checkpointing: Train with activation checkpointing.
+        tiles: Sides of the tiles of block-sparse patterns.
+        longest: Of attention_train: double the context until memory is short.
         ways: Time only those with one of these words in their names.
         repeats: Calls that are timed, of which the median counts; by default as many as fit a budget.
         device: auto, cpu, cuda, cuda:1 and so on.
@@ -269,8 +274,8 @@ def bench(
         return
     settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
     settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}
-    settings |= {"dtype": dtype, "state_dtype": state_dtype, "mode": mode}
-    settings |= {"bidirectional": bidirectional or None, "checkpointing": checkpointing or None}
+    settings |= {"dtype": dtype, "state_dtype": state_dtype, "mode": mode, "tiles": tiles}
+    settings |= {"bidirectional": bidirectional or None, "checkpointing": checkpointing or None, "longest": longest or None}
     report = timing.bench(subject, where, out=out, seed=seed, repeats=repeats, ways=ways, progress=_say, **settings)
     _print_table(*timing.table(report))
     for line in timing.ratio_lines(report):

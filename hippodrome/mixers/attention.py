@@ -160,7 +160,7 @@ class Attention(Mixer[AttentionState]):
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
             real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = self._attend(q, k, v, k_position=real)
+            y = self._attend(q, k, v, k_position=real, pattern=self.config.pattern.sized(length, self.n_head))
         else:
             y, state = self._continue(q, k, v, position, state, lengths)
         return self.out_proj(y.transpose(1, 2).flatten(2)), state
@@ -180,10 +180,18 @@ class Attention(Mixer[AttentionState]):
         return _AttentionStepper(self) if seen_whole else super().stepper(state_dtype)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, q_position: Tensor | None = None, k_position: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_position: Tensor | None = None,
+        k_position: Tensor | None = None,
+        pattern: Pattern | None = None,
     ) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
-        return attention(q, k, v, self.config.pattern, q_position=q_position, k_position=k_position, dropout=dropout)
+        pattern = self.config.pattern if pattern is None else pattern
+        return attention(q, k, v, pattern, q_position=q_position, k_position=k_position, dropout=dropout)
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: AttentionState, lengths: Tensor | None

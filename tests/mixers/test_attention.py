@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hippodrome.mixers.attention import Attention, rotate
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Chunk, Full, Pattern, Window
+from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Pattern, Window
 from tests.support import assert_close, build
 
 VARIANTS = (
@@ -20,6 +20,10 @@ VARIANTS = (
     Attention.Config(n_kv_head=1, pattern=Window(size=1)),
     Attention.Config(pattern=Chunk(size=5), rotary_dim=4),
     Attention.Config(n_head=2, pattern=Full()),
+    Attention.Config(n_head=2, pattern=BigBird(tile=4, n_random=2), rotary_dim=4),
+    Attention.Config(n_head=2, pattern=BigBird(tile=8, n_random=2, form="encoder", length=90)),
+    Attention.Config(n_head=2, pattern=Butterfly(tile=4) & Causal()),
+    Attention.Config(n_head=2, pattern=Window(size=3) | Global(size=2) & Causal()),
 )
 
 D = 16

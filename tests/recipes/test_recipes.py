@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from hippodrome.compare import count_parameters
+from hippodrome.compare import count_parameters, match
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Chunk
 from hippodrome.recipes import find_recipe, recipes
@@ -32,7 +32,7 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"linear_transformer", "linear_transformer.synthetic", "s5", "s5.synthetic"}
     wanted |= {"mega", "mega.chunked", "mega.synthetic", "s4", "s4.synthetic", "dss", "dss.synthetic"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
-    wanted |= {"lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
+    wanted |= {"long_text", "lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
@@ -283,3 +283,20 @@ def test_a_recipe_with_a_word_chosen_is_that_recipe():
 def test_a_word_that_cannot_be_chosen_is_refused(name, complaint):
     with pytest.raises(BadInput, match=complaint):
         find_recipe(name)
+
+
+def test_a_long_text_has_its_budget_in_tokens():
+    recipe = find_recipe("long_text+system=window")
+    for length, rows in ((64, 8), (256, 2)):
+        config = recipe(text=Text(tokenizer="bytes", length=length), tokens=2100, step_tokens=512)
+        assert (config.train.batch_size, config.train.steps) == (rows, 4)
+    with pytest.raises(BadInput, match="step_tokens is 500: it must be a multiple of length, 64"):
+        recipe(text=Text(length=64), step_tokens=500)
+    with pytest.raises(BadInput, match="tokens is 100: it must be at least those of a step, 512"):
+        recipe(text=Text(length=64), step_tokens=512, tokens=100)
+
+
+def test_the_systems_of_a_long_text_come_to_equal_parameters():
+    found = {system: find_recipe(f"long_text+system={system}")() for system in ("full", "window", "bigbird", "linear", "h3")}
+    first = count_parameters(found["full"].model)
+    assert all(abs(count_parameters(c.model) - first) < 0.02 * first for c in match(found).values())
