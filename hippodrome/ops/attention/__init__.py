@@ -59,8 +59,9 @@ def attention(
     the same ones whatever runs. `seed`: an int or an int64 scalar; None draws one from torch's generator, or leaves it to the
     backend. The lse is of all weights.
 
-    A row that sees nothing has output 0, lse -inf and no gradient. Scores and softmax are at least float32. Where there are many
-    scores the reference works in slices of queries and computes each again in the backward pass: it keeps nothing quadratic.
+    A row that sees nothing has output 0, lse -inf and no gradient. Scores and softmax are at least float32. Where there are
+    many scores the reference works in slices of queries and computes each again in the backward pass, keeping nothing
+    quadratic.
     """
     real = torch.promote_types(q.dtype, torch.float32)
     if dropout and seed is None:
