@@ -10,6 +10,7 @@ zeros.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,8 +68,10 @@ def attention(
     if dropout and seed is None:
         seed = torch.randint(2**62, (), device=q.device)
     places = Places.of(q, k, q_position, k_position, offsets, k_offsets)
-    options = {"softcap": softcap, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "dropout": dropout}
-    run = functools.partial(_attend, pattern=pattern, places=places, seed=seed, **options)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        _attend, pattern=pattern, places=places, softcap=softcap, scale=scale, dropout=dropout, seed=seed
+    )
     keys, values = k.to(real), v.to(real)
     rows = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     parts = []
