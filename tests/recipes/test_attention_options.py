@@ -45,5 +45,5 @@ def test_they_train_and_sample_by_command(arguments, tmp_path, monkeypatch):
     write_text(text)
     trained = run("train", *arguments.split(), "--text", text, *TINY, "--out", tmp_path / "run")
     assert trained.code == 0, trained.err
-    sampled = run("generate", tmp_path / "run", "--prompt", "The", "--tokens", "20", "--device", "cpu")
+    sampled = run("generate", tmp_path / "run", "--prompt", "The", "--max-new-tokens", "20", "--device", "cpu")
     assert sampled.code == 0, sampled.err
