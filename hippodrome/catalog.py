@@ -49,6 +49,21 @@ def describe(name: str) -> str:
     return "\n\n\n".join(map(_describe_one, found))
 
 
+def describe_pattern(text: str, *, length: int, tile: int, out: Path | None = None) -> str:
+    """Facts of a spelled pattern over `length` tokens, of its first head; `out`: a PNG of its mask and its tiles."""
+    from hippodrome import plots
+    from hippodrome.patterns import spelled
+
+    pattern = spelled(text).sized(length, 1)
+    tiles = pattern.tiles(length, length, tile)
+    if out is not None:
+        images = [("mask", pattern.mask(length, length)), (f"tiles of {tile}", tiles)]
+        plots.draw_images(out, {"": [(caption, 255 - 255 * image.int().numpy()) for caption, image in images]}, text)
+    reach = "unbounded" if pattern.reach is None else f"{pattern.reach} keys"
+    kept = f"{int(tiles.sum())} of {tiles.numel()} tiles of {tile} ({float(tiles.float().mean()):.1%})"
+    return f"{pattern}\n\ncausal: {pattern.causal}\nreach: {reach}\nover {length} tokens: {kept}"
+
+
 def _describe_one(entry: str) -> str:
     folder, _, name = entry.partition("/")
     if folder == "recipes":

@@ -297,15 +297,22 @@ def list_() -> None:
     print(catalog.overview())
 
 
-def show(name: Name) -> None:
+def show(name: Name, *, out: Path | None = None, length: int = 256, tile: int = 16) -> None:
     """One part or recipe: its equation, its files, its fields and their defaults, the recipes that use it.
 
     Args:
-        name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3).
+        name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3); or a pattern as
+            "pattern:window(size=64) | global(size=16)".
+        out: Where a pattern's picture goes: its mask and its tiles.
+        length: Tokens of a pattern.
+        tile: Tokens of the tiles that are counted.
     """
     from hippodrome import catalog
 
-    print(catalog.describe(name))
+    if name.startswith("pattern:"):
+        print(catalog.describe_pattern(name.removeprefix("pattern:"), length=length, tile=tile, out=out))
+    else:
+        print(catalog.describe(name))
 
 
 def convert(

@@ -18,7 +18,6 @@ PAPER_LENGTHS = (1024, 2048, 3072, 4096)
 """Lengths for which the authors' code draws by the paper's procedure."""
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=256)
 def google_table(n_tiles: int, tile: int, n_random: int, n_head: int, seed: int, plan: str) -> Tensor:
     """(n_head, n_tiles - 2, n_random) int64: row r holds the random tiles of tile r + 1.

@@ -166,11 +166,19 @@ class And(_Combined):
     """What all of `parts` show. A key counts as often as the parts' counts multiplied."""
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return reduce(torch.logical_and, (part.visible(head, q, k) for part in self.parts))
+        seen = self.parts[0].visible(head, q, k)
+        for part in self.parts[1:]:
+            seen = seen & part.visible(head, q, k)
+        return seen
 
     def count(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
-        found = [count for part in self.parts if (count := part.count(head, q, k)) is not None]
-        return reduce(torch.mul, found) if found else None
+        # Plain loops: what mixers call is compiled, and torch.compile does not read comprehensions over arguments everywhere.
+        product = None
+        for part in self.parts:
+            count = part.count(head, q, k)
+            if count is not None:
+                product = count if product is None else product * count
+        return product
 
     def bounds(self, head: Tensor, box: Box) -> tuple[Tensor, Tensor]:
         found = [part.bounds(head, box) for part in self.parts]
@@ -194,15 +202,20 @@ class Or(_Combined):
     """What any of `parts` shows. A key counts as often as in the part in which it counts most."""
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return reduce(torch.logical_or, (part.visible(head, q, k) for part in self.parts))
+        seen = self.parts[0].visible(head, q, k)
+        for part in self.parts[1:]:
+            seen = seen | part.visible(head, q, k)
+        return seen
 
     def count(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
-        found = [part.count(head, q, k) for part in self.parts]
-        if all(count is None for count in found):
+        if self.count_tile is None:
             return None
-        shown = [part.visible(head, q, k) for part in self.parts]
-        once = [seen.int() if count is None else count * seen for seen, count in zip(shown, found, strict=True)]
-        return reduce(torch.maximum, once).clamp(min=1)
+        most = torch.ones((), dtype=torch.int32, device=q.device)
+        for part in self.parts:
+            count = part.count(head, q, k)
+            if count is not None:
+                most = torch.maximum(most, count * part.visible(head, q, k))
+        return most
 
     def bounds(self, head: Tensor, box: Box) -> tuple[Tensor, Tensor]:
         found = [part.bounds(head, box) for part in self.parts]

@@ -63,7 +63,7 @@ def plainly(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
     for i in range(len(x)):
         heads = []
         for head in range(h):
-            shown = [j for j in range(len(x)) if sees(config.pattern, i, j)]
+            shown = [j for j in range(len(x)) if sees(config.pattern, i, j, head)]
             scores = [turned(q[i, head], i) @ turned(k[j, head * g // h], j) / math.sqrt(k_width) for j in shown]
             weights = torch.stack(scores).softmax(0)
             heads.append(sum(w * v[j, head * g // h] for w, j in zip(weights, shown, strict=True)))
@@ -71,9 +71,12 @@ def plainly(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def sees(pattern: Pattern, i: int, j: int) -> bool:
+def sees(pattern: Pattern, i: int, j: int, head: int) -> bool:
     if isinstance(pattern, Full):
         return True
+    if not isinstance(pattern, (Causal, Window, Chunk)):
+        # What these show is tested by itself.
+        return bool(pattern.visible(torch.tensor(head), torch.tensor(i), torch.tensor(j)))
     if isinstance(pattern, Chunk):
         return j <= i < (j // pattern.size + 1) * pattern.size
     return j <= i and (not isinstance(pattern, Window) or i - j < pattern.size)

@@ -160,5 +160,5 @@ def test_what_bigbird_refuses():
         BigBird(form="encoder", length=60).sized(70, 1)
     with pytest.raises(BadInput, match="belong to form encoder"):
         BigBird(length=5)
-    with pytest.raises(BadInput, match="12 rows|it must have"):
+    with pytest.raises(BadInput, match="it must have"):
         BigBird(tile=4, form="encoder", length=16, table=(((0,),),))
