@@ -22,7 +22,7 @@ PACKAGE = Path(hippodrome.__file__).parent
 TESTS = Path(__file__).parent
 
 FLOORS = (
-    "part state patterns task files documents tokenizer data devices metrics flags plots",
+    "part state patterns positions task files documents tokenizer data devices metrics flags plots",
     "ops norms model tasks",
     "run",
     "lti embeds readouts checkpoint",

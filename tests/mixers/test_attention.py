@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hippodrome.mixers.attention import Attention, rotate
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Chunk, Full, Pattern, Window
+from hippodrome.positions import Alibi, Rotary, T5Bias
 from tests.support import assert_close, build
 
 VARIANTS = (
@@ -20,6 +21,12 @@ VARIANTS = (
     Attention.Config(n_kv_head=1, pattern=Window(size=1)),
     Attention.Config(pattern=Chunk(size=5), rotary_dim=4),
     Attention.Config(n_head=2, pattern=Full()),
+    Attention.Config(position=Rotary()),
+    Attention.Config(n_head=8, n_kv_head=2, position=Alibi()),
+    Attention.Config(pattern=Window(size=5), position=Alibi()),
+    Attention.Config(n_head=2, position=T5Bias(buckets=6, max_distance=9)),
+    Attention.Config(n_head=2, pattern=Chunk(size=5), position=T5Bias(buckets=4, max_distance=5)),
+    Attention.Config(n_head=2, pattern=Full(), position=T5Bias(buckets=8, max_distance=6, bidirectional=True)),
 )
 
 D = 16
@@ -68,7 +75,7 @@ def sees(pattern: Pattern, i: int, j: int) -> bool:
     return j <= i and (not isinstance(pattern, Window) or i - j < pattern.size)
 
 
-@pytest.mark.parametrize("config", [Attention.Config(), *VARIANTS])
+@pytest.mark.parametrize("config", [Attention.Config(), *(config for config in VARIANTS if config.position is None)])
 def test_equals_attention_written_plainly(config):
     mixer, x = build(config, D), vectors(2, 11)
     y, _ = mixer(x)
@@ -249,6 +256,8 @@ def test_dropout_acts_in_training_only():
         ({"rotary_dim": 3}, "rotary_dim is 3"),
         ({"rotary_dim": 6}, "at most the head width 4"),
         ({"rotary_dim": -2}, "rotary_dim is -2"),
+        ({"position": Rotary(dim=6)}, "Rotary's dim is 6: .* at most the head width 4"),
+        ({"rotary_dim": 4, "position": Alibi()}, r"rotary_dim is 4 and position is Alibi\(\): give one"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )

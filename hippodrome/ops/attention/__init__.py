@@ -10,6 +10,7 @@ zeros.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,15 +60,18 @@ def attention(
     the same ones whatever runs. `seed`: an int or an int64 scalar; None draws one from torch's generator, or leaves it to the
     backend. The lse is of all weights.
 
-    A row that sees nothing has output 0, lse -inf and no gradient. Scores and softmax are at least float32. Where there are many
-    scores the reference works in slices of queries and computes each again in the backward pass: it keeps nothing quadratic.
+    A row that sees nothing has output 0, lse -inf and no gradient. Scores and softmax are at least float32. Where there are
+    many scores the reference works in slices of queries and computes each again in the backward pass, keeping nothing
+    quadratic.
     """
     real = torch.promote_types(q.dtype, torch.float32)
     if dropout and seed is None:
         seed = torch.randint(2**62, (), device=q.device)
     places = Places.of(q, k, q_position, k_position, offsets, k_offsets)
-    options = {"softcap": softcap, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "dropout": dropout}
-    run = functools.partial(_attend, pattern=pattern, places=places, seed=seed, **options)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        _attend, pattern=pattern, places=places, softcap=softcap, scale=scale, dropout=dropout, seed=seed
+    )
     keys, values = k.to(real), v.to(real)
     rows = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -41,9 +42,7 @@ def check(
     _check_positions("k_position", k_position, k)
     _check_pack(q, k, offsets, k_offsets)
     target = (*q.shape[:3], k.shape[2])
-    if bias is not None and (
-        bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], target[::-1], strict=False))
-    ):
+    if bias is not None and (bias.ndim > 4 or not _broadcasts(bias, target)):
         raise BadInput(f"the bias is {_sizes(bias)}: it must broadcast to (B, H, Lq, Lk) = {tuple(target)}")
     if slopes is not None and slopes.shape != q.shape[1:2]:
         raise BadInput(f"slopes are {_sizes(slopes)}: there must be one a head, ({q.shape[1]},)")
@@ -106,7 +105,7 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
     at = offsets.tolist()
     if at[0] != 0:
         raise BadInput(f"{name} begins with {at[0]}: a pack begins at 0")
-    for before, after in zip(at, at[1:], strict=False):
+    for before, after in itertools.pairwise(at):
         if after < before:
             raise BadInput(f"{name} falls from {before} to {after}: the offsets of a pack ascend")
     if at[-1] != length:
@@ -119,6 +118,10 @@ def _check_seed(seed: Tensor | int | None) -> None:
             raise BadInput(f"the seed is {seed.dtype} {_sizes(seed)}: it must be an int or an int64 tensor without dimensions")
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise BadInput(f"the seed is {seed}: it must fit 64 bits")
+
+
+def _broadcasts(t: Tensor, target: tuple[int, ...]) -> bool:
+    return all(n in (1, m) for n, m in zip(t.shape[::-1], target[::-1], strict=False))
 
 
 def _sizes(t: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011): random bits that are a function of a key and a counter.
 
-Whoever knows the seed and where in the score matrix a weight stands knows whether dropout keeps it: nothing is stored, any order of
-tiles draws the same, and the backward pass draws it again. The bits are those of Triton's `tl.philox`.
+Whoever knows the seed and where in the score matrix a weight stands knows whether dropout keeps it: nothing is stored, any
+order of tiles draws the same, and the backward pass draws it again. The bits are those of Triton's `tl.philox`.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def kept(seed: Tensor | int, dropout: float, queries: Tensor, keys: Tensor, heads: Tensor) -> Tensor:
-    """Which weights dropout keeps: bool, broadcast over query indices, key indices and heads counted over the batch (b H + h)."""
+    """Which weights dropout keeps: bool, broadcast over query and key indices and heads counted over the batch (b H + h)."""
     return uniform(philox(seed, keys, queries, heads, torch.zeros_like(keys))[0]) >= dropout
