@@ -209,8 +209,8 @@ def _fused(
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
     plan, grid = _plan(0, M, q, n_q, offsets, lists, tile)
     kernels.forward[grid, batch * heads, split](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan), y, lse, part,
-        part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
+        y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
         *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
         **_flags(call, bias, slopes, offsets, lists), **ways,
     )  # fmt: skip
