@@ -57,7 +57,9 @@ class Op:
         self._valid: Callable[..., None] | None = None
         functools.update_wrapper(self, reference)
 
-    def backend(self, name: str, *, why_not: WhyNot, yields: WhyNot | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def backend(
+        self, name: str, *, why_not: WhyNot, yields: WhyNot | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register an implementation of this op under `name`; `yields`: see `Backend`."""
         if name not in PREFERENCE:
             raise ValueError(f"backend {name!r}: {nearest(name, PREFERENCE)}")

@@ -197,9 +197,8 @@ def forward(
         if tile < 0:
             return
     at, q_0, k_0, n_q, n_k = place(plan, offsets, k_offsets, tile, n_q, n_k, M, PACKED)
-    if PACKED:
-        if at >= n_q:
-            return
+    if at >= n_q:  # only in packs
+        return
     shift = n_k - n_q
     q_at = at + tl.arange(0, M)
     q_in = q_at < n_q
@@ -251,10 +250,7 @@ def forward(
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
         for i in tl.range(i_0, i_1, step):
-            if LIST or stage == 0:
-                j = i
-            else:
-                j = tl.where(i < whole, i, i + (end - whole))
+            j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
             EDGE: tl.constexpr = LIST or stage == 1
@@ -347,9 +343,8 @@ def gradient_q(
         if tile < 0:
             return
     at, q_0, k_0, n_q, n_k = place(plan, offsets, k_offsets, tile, n_q, n_k, M, PACKED)
-    if PACKED:
-        if at >= n_q:
-            return
+    if at >= n_q:  # only in packs
+        return
     shift = n_k - n_q
     q_at = at + tl.arange(0, M)
     q_in = q_at < n_q
@@ -396,10 +391,7 @@ def gradient_q(
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
         for i in tl.range(i_0, i_1, step):
-            if LIST or stage == 0:
-                j = i
-            else:
-                j = tl.where(i < whole, i, i + (end - whole))
+            j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
             EDGE: tl.constexpr = LIST or stage == 1
@@ -466,17 +458,20 @@ def gradient_kv(
         if tile < 0:
             return
     at, q_0, k_0, n_q, n_k = place(plan, offsets, k_offsets, tile, n_q, n_k, N, PACKED)
-    if PACKED:
-        if at >= n_k:
-            return
+    if at >= n_k:  # only in packs
+        return
     shift = n_k - n_q
     k_at = at + tl.arange(0, N)
     k_in = k_at < n_k
     d_at = tl.arange(0, D)
     d_in = d_at < width
     within = k_in[:, None] & d_in[None, :]
-    x_k = tl.load(k + b * sk_b + g * sk_h + k_0.to(tl.int64) * sk_t + k_at[:, None] * sk_t + d_at[None, :], mask=within, other=0.0)
-    x_v = tl.load(v + b * sv_b + g * sv_h + k_0.to(tl.int64) * sv_t + k_at[:, None] * sv_t + d_at[None, :], mask=within, other=0.0)
+    x_k = tl.load(
+        k + b * sk_b + g * sk_h + k_0.to(tl.int64) * sk_t + k_at[:, None] * sk_t + d_at[None, :], mask=within, other=0.0
+    )
+    x_v = tl.load(
+        v + b * sv_b + g * sv_h + k_0.to(tl.int64) * sv_t + k_at[:, None] * sv_t + d_at[None, :], mask=within, other=0.0
+    )
     key = 0
     if DROP:
         key = tl.load(seed)
@@ -512,10 +507,7 @@ def gradient_kv(
                 i_0 = end if LIST else first
                 i_1 = last if LIST else last - (end - whole)
             for i in tl.range(i_0, i_1, step):
-                if LIST or stage == 0:
-                    j = i
-                else:
-                    j = tl.where(i < whole, i, i + (end - whole))
+                j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
                 q_at, there, mask = met(j, cols, ids, i_1, T, M, LIST, TABLE and stage == 1)
                 q_in = there & (q_at < n_q)
                 q_pos = q_at + shift

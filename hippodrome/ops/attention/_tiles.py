@@ -19,7 +19,7 @@ SIDES = (128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Lists:
-    """The tiles of all rows: `plan` (heads, programs, 5) holds a row, where its wholly visible tiles begin and end in `members`,
+    """Tiles of all rows: `plan` (heads, programs, 5) holds a row, where its wholly visible tiles begin and end in `members`,
     where its partly visible ones end, and a slot for a piece of a row (-1: the row is whole); `masks`, one a member, says which
     of the masks of partly visible tiles is its own; `joins` (heads, n, 3) a row in pieces and its slots. Rows of -1 fill up.
     """
@@ -74,7 +74,9 @@ def _masks(pattern: Pattern, q: Tensor, k: Tensor, head: int, tile: int) -> Tens
     at, step, parts = torch.arange(tile), max(1, (1 << 22) // tile**2), []
     for first in range(0, len(q), step):
         of = slice(first, first + step)
-        parts.append(pattern.visible(torch.tensor(head), q[of, None, None] + at[:, None], k[of, None, None] + at).to(torch.int8))
+        parts.append(
+            pattern.visible(torch.tensor(head), q[of, None, None] + at[:, None], k[of, None, None] + at).to(torch.int8)
+        )
     return torch.cat(parts)
 
 

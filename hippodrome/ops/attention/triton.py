@@ -31,7 +31,7 @@ NARROW = 256
 """Windows and chunks up to this are walked in tiles of 64, which waste less on their edges."""
 BLOCKS = {64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
-"""Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k and v, in half precision."""
+"""Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def _why_not(
 
 
 def unfit(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, bias: Tensor | None, slopes: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, bias: Tensor | None,
+    slopes: Tensor | None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take a call, whatever the device."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
@@ -165,7 +166,8 @@ def _triton(
         k_offsets = offsets if k_offsets is None else k_offsets
     q, k, v = (_lines(t) for t in (q, k, v))
     y, lse = torch.ops.hippodrome.attention_fused(
-        q, k, v, bias, None if slopes is None else slopes.float(), seed if dropout else None, offsets, k_offsets, lists, *call.numbers()
+        q, k, v, bias, None if slopes is None else slopes.float(), seed if dropout else None, offsets, k_offsets, lists,
+        *call.numbers(),
     )  # fmt: skip
     return (y, lse) if return_lse else y
 
@@ -192,8 +194,8 @@ def _lines(t: Tensor) -> Tensor:
 @on_its_device
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None,
-    k_offsets: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float,
-    cap: float, drop: float,
+    k_offsets: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
+    scale: float, cap: float, drop: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs like q and log-sum-exps (B, H, Lq)."""
     from hippodrome.ops.attention import _kernels as kernels
@@ -205,10 +207,10 @@ def _fused(
     split, slots, joins = _split(q, k, M, call, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
-    plan, grid = _plan(0, M, n_q, offsets, lists, tile)
+    plan, grid = _plan(0, M, q, n_q, offsets, lists, tile)
     kernels.forward[grid, batch * heads, split](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan), y, lse, part,
-        part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
+        y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
         *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
         **_flags(call, bias, slopes, offsets, lists), **ways,
     )  # fmt: skip
@@ -241,7 +243,7 @@ def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int,
     if call.tile:
         T = call.tile
         M, N = (max(64, T), T) if role == 2 else (T, max(64, T))
-        warps, stages = (8, 2) if T == 128 or D > 64 and role == 2 else (4, 3 if D <= 64 else 2)
+        warps, stages = (8, 2) if T == 128 or (D > 64 and role == 2) else (4, 3 if D <= 64 else 2)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
     return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
@@ -261,13 +263,15 @@ def _split(
     return pieces, tiles * pieces, torch.stack((at, at * pieces, (at + 1) * pieces), 1)[None]
 
 
-def _plan(role: int, size: int, n: int, offsets: Tensor | None, lists: list[Tensor], tile: int) -> tuple[Tensor, int]:
+def _plan(
+    role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor], tile: int
+) -> tuple[Tensor, int]:
     """What tells programs where they are, and how many there are."""
     if tile:
         plan = lists[4 if role == 2 else 0]
         return plan, plan.shape[1]
     if offsets is None:
-        return torch.empty(0, dtype=torch.int32), -(-n // size)
+        return q, -(-n // size)
     grid = n // size + len(offsets) - 1
     tiles = (offsets.diff() + size - 1) // size
     ends = tiles.cumsum(0)
@@ -299,7 +303,9 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if bias is None else tuple(bias.stride())
 
 
-def _flags(call: Call, bias: Tensor | None, slopes: Tensor | None, offsets: Tensor | None, lists: list[Tensor]) -> dict[str, Any]:
+def _flags(
+    call: Call, bias: Tensor | None, slopes: Tensor | None, offsets: Tensor | None, lists: list[Tensor]
+) -> dict[str, Any]:
     return {
         "CODE": call.code,
         "LIST": call.tile > 0,
@@ -323,8 +329,8 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 @on_its_device
 def _fused_backward(
     d_y: Tensor, d_lse: Tensor | None, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, lists: list[Tensor], code: int,
-    a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float, cap: float, drop: float, of_bias: bool,
+    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, lists: list[Tensor],
+    code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float, cap: float, drop: float, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
     from hippodrome.ops.attention import _kernels as kernels
@@ -341,10 +347,10 @@ def _fused_backward(
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
     )
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
-    plan, grid = _plan(1, M, n_q, offsets, lists, tile)
+    plan, grid = _plan(1, M, q, n_q, offsets, lists, tile)
     kernels.gradient_q[grid, rows](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan), d_y, lse, delta,
-        d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan),
+        d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
     )  # fmt: skip
     if slots_q:
@@ -354,10 +360,10 @@ def _fused_backward(
     many = k.shape[1] if together else heads
     to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
     part = q.new_empty(batch * many * slots_k * 2, N, D, dtype=torch.float32)
-    plan, grid = _plan(2, N, n_k, k_offsets, lists, tile)
+    plan, grid = _plan(2, N, q, n_k, k_offsets, lists, tile)
     kernels.gradient_kv[grid, batch * many](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan), d_y, lse, delta,
-        to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan),
+        d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
     )  # fmt: skip
     if slots_k:
@@ -368,7 +374,9 @@ def _fused_backward(
     return d_q, d_k, d_v, d_bias
 
 
-def _total(joins: Tensor, part: Tensor, out: Tensor, heads: int, n: int, slots: int, stride: int, offset: int, D: int, M: int) -> None:
+def _total(
+    joins: Tensor, part: Tensor, out: Tensor, heads: int, n: int, slots: int, stride: int, offset: int, D: int, M: int
+) -> None:
     from hippodrome.ops.attention import _kernels as kernels
 
     kernels.total[joins.shape[1], out.shape[0] * heads](
@@ -432,6 +440,4 @@ def _flops_backward(d_y: Any, d_lse: Any, y: Any, lse: Any, *rest: Any, **out: A
     return 7 * _flops(*rest) // 2
 
 
-count_flops(
-    {torch.ops.hippodrome.attention_fused: _flops, torch.ops.hippodrome.attention_fused_backward: _flops_backward}
-)
+count_flops({torch.ops.hippodrome.attention_fused: _flops, torch.ops.hippodrome.attention_fused_backward: _flops_backward})
