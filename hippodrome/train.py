@@ -143,6 +143,7 @@ def train(
             "steps": done,
             "tokens": tokens,
             "seconds": seconds,
+            "protocol": model.protocol,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": devices.world(),
             "provenance": provenance(settings.seed, device),
