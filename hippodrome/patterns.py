@@ -21,6 +21,10 @@ class Pattern(Choice):
         """Bool, broadcast over integer head numbers, query positions and key positions."""
         raise NotImplementedError
 
+    def count(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """How many times each visible key counts in the softmax, an int tensor broadcast as in `visible`; None: once."""
+        return None
+
     @property
     def causal(self) -> bool:
         """Whether no query sees a key after it."""

@@ -52,6 +52,7 @@ class Op:
         self.name = reference.__name__
         self.reference = reference
         self._backends: dict[str, Backend] = {}
+        self._valid: Callable[..., None] | None = None
         functools.update_wrapper(self, reference)
 
     def backend(self, name: str, *, why_not: WhyNot) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -65,6 +66,10 @@ class Op:
 
         return register
 
+    def check(self, valid: Callable[..., None]) -> None:
+        """Register what raises BadInput for arguments that no implementation takes; asked before any backend is."""
+        self._valid = valid
+
     @property
     def backends(self) -> list[str]:
         """Names of the backends this op has, in order of preference."""
@@ -76,6 +81,8 @@ class Op:
 
     def choose(self, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that a call with these arguments runs."""
+        if self._valid is not None:
+            self._valid(*args, **kwargs)
         if _forced is not None:
             return self._check(_forced, *args, **kwargs)
         for name in self.backends:

@@ -75,7 +75,7 @@ def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients(backend):
     q, k, v = inputs(3, 4)
     k_position = torch.tensor([[-1, -1, -1, -1], [1, 2, 3, 4]])
     with use_backend(backend):
-        y = attention(q, k, v, Causal(), k_position=k_position)
+        y = attention(q, k, v, Causal(), q_position=torch.arange(3)[None], k_position=k_position)
     assert not y[0].any()
     assert not y[1, :, 0].any()
     assert y[1, :, 1:].abs().min() > 0
