@@ -342,7 +342,9 @@ class _CrossAttention(nn.Module):
 
     def forward(self, z: Tensor, position: Tensor, k: Tensor, v: Tensor, key_position: Tensor | None) -> Tensor:
         q = self.Wq(self.query_norm(z)).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        y = attention(self._turned(q, position), k, v, Causal(), q_position=position, k_position=key_position)
+        # Queries that are the last of the keys are what the op expects: a backend need not build a mask for them.
+        at = None if key_position is None else position
+        y = attention(self._turned(q, position), k, v, Causal(), q_position=at, k_position=key_position)
         z = z + self.dropout(self.out_proj(y.transpose(1, 2).flatten(2)))
         return z + self.dropout(self.channel(self.channel_norm(z))[0])
 

@@ -47,7 +47,12 @@ def perceiver_ar(
         dropout: Of the embeddings and of what each block adds.
     """
     task = Lm.Config(**asdict(text), seed=train.seed)
-    settings = {"eval_latents": eval_latents, "stride": stride, "crop": 1, "wavelength": float(max(2, text.length))}
+    settings: dict[str, Any] = {
+        "eval_latents": eval_latents,
+        "stride": stride,
+        "crop": 1,
+        "wavelength": float(max(2, text.length)),
+    }
     model = _model(task.ids, n_layer, d_model, d_ff, n_head, latents, dropout, "rotary", settings)
     return RunConfig(model=model, task=task, train=train)
 
@@ -80,7 +85,7 @@ def mirror_copy(
     """
     task = MirrorCopy.Config(length=length, test_rows=rows, seed=train.seed)
     latents = min(1024, length // 2) if latents is None else latents
-    settings = {"eval_latents": eval_latents, "stride": stride, "crop": max(1, length // 2)}
+    settings: dict[str, Any] = {"eval_latents": eval_latents, "stride": stride, "crop": max(1, length // 2)}
     settings |= {"wavelength": float(max(2, length)), "rotary": 0.5 if positions == "rotary" else 0.0}
     model = _model(task.vocab_size, n_layer, d_model, None, n_head, latents, 0.0, positions, settings)
     return RunConfig(model=model, task=task, train=train)

@@ -184,7 +184,7 @@ def test_gradients_are_the_authors(name):
 def test_decoding_after_a_prefill_is_the_authors_and_one_pass_with_as_many_latents():
     case, how, model = of_case("par_cache_kv_after_prefill", latents=10, stride=6)
     x, _ = vectors(case, how, case["in.tokens"].long())
-    # With these the pass of token 12 begins with its 5 newest tokens, and the authors' with 4 at token 11.
+    # The first pass is of 4 latents at token 11; the cache then grows to 10.
     assert_close(model.last(x[:, :12], 4), case["out.prefill.logits"], 3e-5)
     assert_close(model.last(x, 10), case["out.uncached_growing.logits"], 3e-5)
     assert_close(case["step.logits"], case["out.uncached_growing.logits"][:, 4:], 3e-5)
