@@ -69,8 +69,9 @@ class MirrorCopy(Task):
     def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Accuracy and cross entropy over the targets asked for, and the share of rows that are right throughout."""
         asked = batch.targets != IGNORE
-        right = ((logits.argmax(-1) == batch.targets) | ~asked).all(-1)
-        return {**label_scores(logits, batch.targets), "solved": (right.sum(), torch.tensor(len(right)))}
+        counted = asked.any(-1)
+        right = ((logits.argmax(-1) == batch.targets) | ~asked).all(-1) & counted
+        return {**label_scores(logits, batch.targets), "solved": (right.sum(), counted.sum())}
 
     def floors(self) -> Mapping[str, float]:
         """A guess of each symbol and the end in its place; beside it, the last drawn symbol said again, as it always is."""
