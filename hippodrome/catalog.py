@@ -18,6 +18,7 @@ SLOTS = {
     "lti": "linear time-invariant systems, inside mixers",
     "embeds": "inputs to vectors",
     "readouts": "vectors to what the task asks for",
+    "models": "systems that are no stack of blocks",
     "tasks": "what is learned and how it is scored",
 }
 """Folder of each slot -> what its parts do."""

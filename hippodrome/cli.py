@@ -97,6 +97,8 @@ def eval_(
     split: Split = "test",
     batch_size: int | None = None,
     max_batches: int | None = None,
+    latents: int | None = None,
+    stride: int | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> None:
@@ -107,6 +109,8 @@ def eval_(
         split: Which data to score on.
         batch_size: Rows scored at once; by default as in training.
         max_batches: Score only so many batches; by default all.
+        latents: Of Perceiver AR: latents a pass; by default as configured.
+        stride: Of Perceiver AR: new tokens scored a pass; by default as configured, or half of the latents given.
         device: auto, cpu, cuda, cuda:1 and so on.
         precision: fp32, or autocast to bf16 or fp16.
     """
@@ -115,6 +119,8 @@ def eval_(
     from hippodrome.run import provenance, read_config, write_json
 
     model = load(run, device=device)
+    if latents is not None or stride is not None:
+        model.score_with(latents, stride)
     config = read_config(run)
     task: Task = config.task.build()
     size = config.train.batch_size if batch_size is None else batch_size
@@ -122,6 +128,9 @@ def eval_(
     where = next(model.parameters()).device
     floors = dict(task.floors())
     facts = {"split": split, "scores": scores, "headline": task.headline, "floors": floors, "max_batches": max_batches}
+    if model.protocol is not None:
+        print(f"protocol: {model.protocol}")
+        facts["protocol"] = model.protocol
     write_json(run / "eval.json", facts | {"provenance": provenance(None, where)})
     _print_scores({split: scores}, task.headline, floors)
 

@@ -146,6 +146,7 @@ def train(
             "tokens": tokens,
             "seconds": seconds,
             "peak_bytes": None if peak is None else peak - held,
+            "protocol": model.protocol,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": devices.world(),
             "provenance": provenance(settings.seed, device),

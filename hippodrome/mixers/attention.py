@@ -101,18 +101,20 @@ def _refilled(buffer: Tensor, new: Tensor, source: Tensor) -> Tensor:
     return torch.where(source >= 0, new.gather(2, index), buffer)
 
 
-def rotate(x: Tensor, position: Tensor, dim: int, base: float) -> Tensor:
+def rotate(x: Tensor, position: Tensor, dim: int, base: float, closed: bool = False) -> Tensor:
     """Rotary embedding of the first `dim` channels of x (B, H, L, K), half-split pairs, at positions (B or 1, L).
 
-    Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim).
+    Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim), or by
+    position * base^(-j / (dim / 2 - 1)) where the table is `closed`.
     """
-    return turn(x, position[:, None, :, None] * frequencies(dim, base, x.device))
+    return turn(x, position[:, None, :, None] * frequencies(dim, base, x.device, closed))
 
 
-def frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+def frequencies(dim: int, base: float, device: torch.device, closed: bool = False) -> Tensor:
     """Radians that each of dim / 2 pairs turns by from one position to the next, fp32."""
     half = dim // 2
-    return base ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+    steps = max(half - 1, 1) if closed else half
+    return base ** (-torch.arange(half, dtype=torch.float32, device=device) / steps)
 
 
 class Attention(Mixer[AttentionState]):
@@ -129,6 +131,8 @@ class Attention(Mixer[AttentionState]):
         rotary_dim: int = 0
         """Channels of each head that rotate with position; 0: none. The same as `position=Rotary(dim)`."""
         rotary_base: float = 10000.0
+        rotary_closed: bool = False
+        """The slowest pair turns by exactly 1 / rotary_base a token (Perceiver AR's table), not a little faster."""
         position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
@@ -161,7 +165,8 @@ class Attention(Mixer[AttentionState]):
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
         if self.rotary_dim:
-            q, k = (rotate(t, position, self.rotary_dim, self.rotary_base) for t in (q, k))
+            how = self.rotary_dim, self.rotary_base, self.config.rotary_closed
+            q, k = (rotate(t, position, *how) for t in (q, k))
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
             real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
@@ -252,8 +257,8 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     def __init__(self, mixer: Attention) -> None:
         super().__init__(mixer)
-        dim, base = mixer.rotary_dim, mixer.rotary_base
-        self._frequency = frequencies(dim, base, mixer.Wqkv.weight.device) if dim else None
+        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.config.rotary_closed)
+        self._frequency = frequencies(*table) if mixer.rotary_dim else None
 
     def begin(self, state: AttentionState, position: Tensor) -> State:
         return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
