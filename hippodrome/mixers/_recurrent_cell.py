@@ -98,7 +98,6 @@ class _Gate(Fp32Parameters):
         z = z.to(s.dtype)
         if self.weight is None:
             return torch.lerp(z, s, torch.sigmoid(self.bias[0]).to(s.dtype))
-        forget, let_in = (
-            F.linear(hidden.to(weight.dtype), weight).to(s.dtype) + bias for weight, bias in zip(self.weight, self.bias)
-        )
+        pairs = zip(self.weight, self.bias, strict=True)
+        forget, let_in = (F.linear(hidden.to(weight.dtype), weight).to(s.dtype) + bias for weight, bias in pairs)
         return torch.sigmoid(forget + 1) * s + torch.sigmoid(let_in - 1) * z

@@ -266,7 +266,8 @@ class BlockRecurrent(Mixer[BlockRecurrentState], Fp32Parameters):
         queries, keys = blocks.q.shape[3], blocks.k.shape[3]
         at = torch.arange(keys, device=blocks.q.device)
         distance = self.window + at[:queries, None] - at
-        y = self._look_back(*(t.flatten(0, 1) for t in (blocks.q, blocks.k, blocks.v)), distance[None])
+        q, k, v = (t.flatten(0, 1) for t in (blocks.q, blocks.k, blocks.v))
+        y = self._look_back(q, k, v, distance[None])
         if read is not None:
             q2, k, v = (t.flatten(0, 1) for t in (blocks.q2, *read))
             y = torch.cat([y, self._look_at_states(q2, k, v)], 1)
