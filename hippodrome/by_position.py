@@ -13,18 +13,17 @@ from hippodrome.model import Model
 from hippodrome.part import BadInput
 from hippodrome.plots import Panel, draw
 from hippodrome.task import Split, Task
-from hippodrome.tasks.lm import Lm
 
 
-def by_position(model: Model, task: Task, split: Split, *, max_documents: int | None = None) -> list[dict[str, Any]]:
+def by_position(
+    model: Model, task: Task, split: Split, *, chunk: int = 512, max_documents: int | None = None
+) -> list[dict[str, Any]]:
     """Scores by position of the target: for every power of two that is reached, from half of it (0: the first) on.
 
-    Each document is read from its start with the state carried on, in chunks of the task's length. Entries are first, stop
+    Each document is read from its start with the state carried on, in chunks of `chunk` tokens. Entries are first, stop
     (positions), tokens, bytes and bits_per_byte (None without bytes). Raises `BadInput` for a task that is no text, and a
     model that has no state.
     """
-    if not isinstance(task, Lm):
-        raise BadInput(f"scores by position in a document need documents: the task is {type(task).__name__}, not Lm")
     if max_documents is not None and max_documents < 1:
         raise BadInput(f"max_documents is {max_documents}: it must be at least 1, or none")
     device, training = next(model.parameters()).device, model.training
@@ -36,7 +35,7 @@ def by_position(model: Model, task: Task, split: Split, *, max_documents: int | 
                 if number == max_documents:
                     break
                 state, seen = model.init_state(1), 0
-                for ids in document[:-1].split(task.config.length):
+                for ids in document[:-1].split(chunk):
                     out = model(ids[None].to(device), state)
                     assert out.state is not None
                     state, targets = out.state, document[seen + 1 : seen + 1 + len(ids)]
