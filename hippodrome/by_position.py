@@ -31,7 +31,7 @@ def by_position(
     model.eval()
     try:
         with torch.no_grad():
-            for number, document in enumerate(task.documents(split)):
+            for number, document in enumerate(task.whole_texts(split)):
                 if number == max_documents:
                     break
                 state, seen = model.init_state(1), 0

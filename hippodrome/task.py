@@ -90,7 +90,7 @@ class Task(Part, folder="tasks"):
         """
         return {}
 
-    def documents(self, split: Split) -> Iterator[Tensor]:
+    def whole_texts(self, split: Split) -> Iterator[Tensor]:
         """Of a text: each document of a split, ids (n,) int64 of which all but the first are targets."""
         raise BadInput(f"the task {type(self).__name__} is no text: it has no documents")
 

@@ -20,7 +20,7 @@ def test_buckets_are_those_of_whole_documents(tmp_path, monkeypatch):
     config = block_recurrent(n_layer=2, d_model=16, n_head=2, window=4, n_state=3, text=text)
     task, model = config.task.build(), config.model.build()
     entries = by_position(model, task, "test", chunk=10)
-    documents = list(task.documents("test"))
+    documents = list(task.whole_texts("test"))
     assert sum(entry["tokens"] for entry in entries) == sum(len(document) - 1 for document in documents)
     nats = torch.cat([F.cross_entropy(model(d[None, :-1]).logits[0], d[1:], reduction="none")[8:16] for d in documents])
     found = next(entry for entry in entries if entry["first"] == 8)

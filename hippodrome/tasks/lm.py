@@ -116,7 +116,7 @@ class Lm(Task):
         scores = super().report(totals)
         return {**scores, "perplexity": math.exp(min(scores["loss"], 700.0))}
 
-    def documents(self, split: Split) -> Iterator[Tensor]:
+    def whole_texts(self, split: Split) -> Iterator[Tensor]:
         """The documents of a split, each (n,) int64 from the end of the one before to its own end."""
         ids = self._ids[split]
         (ends,) = np.nonzero(ids == self.tokenizer.end)
