@@ -101,6 +101,7 @@ def eval_(
     stride: int | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    by_position: bool = False,
 ) -> None:
     """Score a trained model on held-out data; the scores are printed and written to RUN/eval.json.
 
@@ -113,6 +114,7 @@ def eval_(
         stride: Of Perceiver AR: new tokens scored a pass; by default as configured, or half of the latents given.
         device: auto, cpu, cuda, cuda:1 and so on.
         precision: fp32, or autocast to bf16 or fp16.
+        by_position: Of a text, also bits per byte by position in the document, in fp32: positions.json and positions.png.
     """
     from hippodrome.checkpoint import load
     from hippodrome.evaluate import evaluate
@@ -133,6 +135,15 @@ def eval_(
         facts["protocol"] = model.protocol
     write_json(run / "eval.json", facts | {"provenance": provenance(None, where)})
     _print_scores({split: scores}, task.headline, floors)
+    if by_position:
+        from hippodrome import by_position as positions
+
+        entries = positions.by_position(model, task, split)
+        write_json(run / "positions.json", {"split": split, "positions": entries, "provenance": provenance(None, where)})
+        positions.draw_positions(run / "positions.png", entries, run.name)
+        for entry in entries:
+            span = f"{entry['first']:>9,} to {entry['stop']:>9,}"
+            print(f"{span}: {entry['bits_per_byte']} bits per byte, {entry['tokens']:,} tokens")
 
 
 def compare(

@@ -26,7 +26,7 @@ FLOORS = (
     "ops norms model tasks",
     "run",
     "lti embeds readouts checkpoint",
-    "mixers channels models cuda_graph optim step train generation evaluate parity progress",
+    "mixers channels models cuda_graph optim step train generation evaluate by_position parity progress",
     "recipes compare grid catalog convert doctor verify bench",
     "demo cli __main__",
 )

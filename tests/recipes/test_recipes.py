@@ -33,6 +33,7 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"mega", "mega.chunked", "mega.synthetic", "s4", "s4.synthetic", "dss", "dss.synthetic"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     wanted |= {"long_text", "lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
+    wanted |= {"block_recurrent", "block_recurrent.sliding"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
