@@ -179,8 +179,12 @@ def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
         return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
     tile = _tiles.side(pattern)
-    of_q, of_k, table = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
-    return Call(0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [*of_q.tensors(), *of_k.tensors(), table]
+    of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
+    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
+        *of_q.tensors(),
+        *of_k.tensors(),
+        table,
+    ]
 
 
 def _lines(t: Tensor) -> Tensor:
@@ -241,12 +245,19 @@ def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int,
     if call.code in (CODES[Window], CODES[Chunk]) and call.a <= NARROW:
         M, N, warps = min(M, 64), min(N, 64), 4
     if call.tile:
-        T = call.tile
-        M, N = (max(64, T), T) if role == 2 else (T, max(64, T))
-        warps, stages = (8, 2) if T == 128 or (D > 64 and role == 2) else (4, 3 if D <= 64 else 2)
+        M, N, warps, stages = _list_layout(role, call.tile, D)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
     return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+
+
+def _list_layout(role: int, T: int, D: int) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages where tiles of T are listed: T of a program's own side, at least 64 of the other."""
+    if role == 2:
+        other = 32 if T >= 64 and D > 64 else 64
+        return other, T, 8 if T == 128 or other == 32 else 4, 3 if T < 128 and D <= 64 else 2
+    other = 128 if T == 128 and (role == 0 or D <= 64) else 64
+    return T, other, 8 if T == 128 else 4, 3 if T < 128 and D <= 64 else 2
 
 
 def _split(
@@ -309,7 +320,7 @@ def _flags(
     return {
         "CODE": call.code,
         "LIST": call.tile > 0,
-        "TABLE": call.tile > 0,
+        "TABLE": call.tile > 0 and len(lists[8]) > 0,
         "BIAS": bias is not None,
         "SLOPES": slopes is not None,
         "CAP": call.cap > 0,
