@@ -108,7 +108,7 @@ def golden(name):
 
 
 def ran(name, dtype, backend):
-    """(output, lse or None, gradients of q, k, v) beside the golden ones, over real queries."""
+    """Output, gradients of q, k, v and (of the reference) the lse, over real queries, beside the golden ones."""
     given, pattern, options, real, file = golden(name)
     leaves = [t.to(dtype).requires_grad_() for t in given]
     lse = None
@@ -117,21 +117,36 @@ def ran(name, dtype, backend):
             y, lse = attention(*leaves, pattern, **options, return_lse=True)
         else:
             y = attention(*leaves, pattern, **options)
-    y = y * real[:, None, :, None]
-    loss = (y * file["cot.out"].transpose(1, 2).to(dtype)).sum()
-    if "cot.lse" in file:
-        loss = loss + (lse * file["cot.lse"].to(lse.dtype)).sum()
-    gradients = torch.autograd.grad(loss, leaves)
     if "grad.qkv" in file:
         expected = [t.transpose(1, 2) for t in file["grad.qkv"].unbind(2)]
     else:
         expected = [file[f"grad.{t}"].transpose(1, 2) for t in "qkv"]
-    found = [y, *gradients]
     expected = [file["out.out"].transpose(1, 2), *expected]
     if lse is not None:
-        found.append(lse.transpose(1, 2)[real])
         expected.append(file["out.lse"].transpose(1, 2)[real])
-    return found, expected
+    return with_gradients(y, lse, leaves, real, file), expected
+
+
+def with_gradients(y, lse, leaves, real, file):
+    """[y, gradients of the leaves, lse if there is one], of the file's loss over real queries."""
+    y = y * real[:, None, :, None]
+    loss = (y * file["cot.out"].transpose(1, 2).to(y.dtype)).sum()
+    if "cot.lse" in file:
+        loss = loss + (lse * file["cot.lse"].to(lse.dtype)).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    rows = [] if lse is None else [lse.detach().transpose(1, 2)[real]]
+    return [y.detach(), *gradients, *rows]
+
+
+def largest_error(found, expected):
+    """Of the rows that see anything; the lse of the others must be -inf in both."""
+    hidden = expected == -torch.inf
+    assert torch.equal(found == -torch.inf, hidden)
+    return float((found.double() - expected.double())[~hidden].abs().max())
+
+
+def largest(expected):
+    return float(expected[expected > -torch.inf].abs().max())
 
 
 def can(name, backend):
@@ -141,43 +156,41 @@ def can(name, backend):
 CASES = [(name, backend) for name in GOLDENS for backend in ("reference", "sdpa") if can(name, backend)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "backend"), CASES)
-def test_equals_the_published_reference(name, backend, dtype):
-    large = "large_norm" in name
-    for found, expected in zip(*ran(name, dtype, backend), strict=True):
-        found = found.detach()
-        hidden = expected == -torch.inf
-        assert torch.equal(found == -torch.inf, hidden)
-        scale = max(1.0, float(expected[~hidden].abs().max()))
-        error = float((found.double() - expected.double())[~hidden].abs().max())
-        limit = 1e-6 if dtype == torch.float64 else 2e-4 if large else 5e-5
-        assert error <= limit * scale, (error, scale)
+def test_equals_the_published_reference_in_float64(name, backend):
+    """Up to the rounding of the stored values."""
+    for found, expected in zip(*ran(name, torch.float64, backend), strict=True):
+        assert largest_error(found, expected) <= 1e-6 * largest(expected)
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_equals_the_published_reference_in_float32(name, backend):
+    for i, (found, expected) in enumerate(zip(*ran(name, torch.float32, backend), strict=True)):
+        # The second to the fourth are gradients, which large logits make harder.
+        limit = 5e-5 if "large_norm" in name and i in (1, 2, 3) else 2e-5
+        assert largest_error(found, expected) <= limit * max(1.0, largest(expected))
 
 
 def naive(q, k, v, mask, softcap):
+    """Output and lse, every step in the dtype of q."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    p = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~mask, 0)
-    return p @ v
+    scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
+    blind = ~mask.any(-1)
+    return scores.softmax(-1).masked_fill(~mask, 0) @ v, scores.logsumexp(-1).masked_fill(blind, -torch.inf)
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_half_precision_is_at_most_twice_as_wrong_as_the_plain_formula(name, backend):
     given, pattern, options, real, file = golden(name)
-    if "cot.lse" in file:
-        pytest.skip("its gradients mix the lse in")
     leaves = [t.bfloat16().requires_grad_() for t in given]
-    softcap = options.get("softcap")
     places = {key: value for key, value in options.items() if key != "softcap"}
     mask = module.visible(pattern, *given[:2], **places)
-    plain = naive(*leaves, mask, softcap) * real[:, None, :, None]
-    plain = [plain, *torch.autograd.grad((plain * file["cot.out"].transpose(1, 2).bfloat16()).sum(), leaves)]
+    plain = with_gradients(*naive(*leaves, mask, options.get("softcap")), leaves, real, file)
     found, expected = ran(name, torch.bfloat16, backend)
-    for ours, theirs, truth in zip(found[:4], plain, expected[:4], strict=True):
-        error, allowed = ((t.double() - truth.double()).abs().max() for t in (ours, theirs))
-        assert error <= 2 * allowed + 1e-3
+    for ours, theirs, truth in zip(found, plain, expected, strict=backend == "reference"):
+        assert largest_error(ours, truth) <= 2 * largest_error(theirs, truth)
 
 
 @pytest.mark.parametrize("option", ["plain", "softcap", "bias", "slopes", "dropout", "pack", "count"])
