@@ -235,6 +235,52 @@ def test_a_key_that_counts_twice_is_two_keys(backend):
     assert_close(y, again, 1e-6)
 
 
+@dataclass(frozen=True)
+class Blindfold(Causal):
+    """Causal, but every third query sees nothing."""
+
+    def visible(self, head, q, k):
+        return (k <= q) & (q % 3 != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(backend, dtype):
+    q, k, v = inputs(8, 8, dtype=dtype)
+    with use_backend(backend):
+        y = attention(q, k, v, Blindfold())
+    gradients = torch.autograd.grad((y + 1).square().sum(), [q, k, v])
+    blind = torch.arange(8) % 3 == 0
+    for t in (y, gradients[0]):
+        assert not t[:, :, blind].any()
+        assert t[:, :, ~blind].any(-1).all()
+    # The others and all keys are as if the blind rows were not there.
+    at = torch.arange(8)[~blind][None]
+    rest = attention.reference(q[:, :, ~blind], k, v, Causal(), q_position=at)
+    expected = torch.autograd.grad((rest + 1).square().sum(), [q, k, v])
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for found, right in zip([y[:, :, ~blind], *gradients], [rest, *expected], strict=True):
+        assert_close(found, right, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("why", ["no key at a position", "bias", "a document without keys", "all keys after the queries"])
+def test_whatever_hides_every_key_gives_zeros(why, backend):
+    q, k, v = inputs(4, 4, batch=1)
+    options = {
+        "no key at a position": {"k_position": torch.full((1, 4), -1)},
+        "bias": {"bias": torch.full((4, 4), -torch.inf)},
+        "a document without keys": {"offsets": torch.tensor([0, 4, 4]), "k_offsets": torch.tensor([0, 0, 4])},
+        "all keys after the queries": {"q_position": torch.zeros(1, 4).long(), "k_position": torch.ones(1, 4).long()},
+    }[why]
+    with use_backend(backend):
+        y = attention(q, k, v, Causal(), **options)
+    for t in (y, *torch.autograd.grad((y + 1).square().sum(), [q, k, v])):
+        assert not t.any()
+    _, lse = attention.reference(q, k, v, Causal(), **options, return_lse=True)
+    assert (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_a_pack_is_its_documents_one_by_one(backend):
     q, k, v = inputs(11, 14, batch=1)
@@ -311,12 +357,13 @@ def test_long_sequences_fit_memory():
         ({"offsets": torch.tensor([1, 4])}, "begins with 1"),
         ({"offsets": torch.tensor([0, 3, 2, 4])}, "falls from 3 to 2"),
         ({"offsets": torch.tensor([0.0, 4.0])}, "int32 or int64"),
+        ({"offsets": torch.tensor([0, 9])}, "ends at 9: a pack of 4 tokens ends at 4"),
+        ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 3])}, "k_offsets ends at 3: a pack of 4"),
         ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 2, 4])}, "1 documents of queries and 2 of keys"),
         ({"k_offsets": torch.tensor([0, 4])}, "k_offsets without offsets"),
         ({"q_position": torch.zeros(1, 3, dtype=torch.int64)}, r"must be \(1, 4\)"),
         ({"k_position": torch.zeros(1, 4)}, "must be int64"),
         ({"bias": torch.zeros(3, 4, 4)}, "must broadcast"),
-        ({"bias": torch.zeros(4, 4, device="meta")}, "bias is on meta, q on cpu"),
         ({"slopes": torch.zeros(3)}, "one a head"),
         ({"seed": torch.zeros(2)}, "the seed is"),
         ({"seed": 2**63}, "64 bits"),
@@ -327,6 +374,17 @@ def test_bad_options_are_one_line(options, message):
     with pytest.raises(BadInput, match=message) as raised:
         attention(q, k, v, Causal(), **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "q_position", "k_position", "offsets", "k_offsets", "bias", "slopes", "seed"])
+def test_tensors_on_two_devices_are_one_line(name):
+    q, k, v = inputs(4, 4, batch=1)
+    places, ends = torch.arange(4)[None], torch.tensor([0, 4])
+    given = {"k": k, "v": v, "q_position": places, "k_position": places, "offsets": ends, "k_offsets": ends}
+    given |= {"bias": torch.zeros(4, 4), "slopes": torch.zeros(4), "seed": torch.tensor(0)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(BadInput, match=f"^{name} is on meta, q on cpu: all tensors of an attention must be on one device$"):
+        attention(q, pattern=Causal(), **given)
 
 
 def test_bad_shapes_are_one_line():
