@@ -322,7 +322,7 @@ def show(name: Name, *, out: Path | None = None, length: int = 256, tile: int = 
 
     Args:
         name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3); or a pattern as
-            "pattern:window(size=64) | global(size=16)".
+            "pattern:window(size=64) | global(size=16)"; pattern:all is an example of every one.
         out: Where a pattern's picture goes: its mask and its tiles.
         length: Tokens of a pattern.
         tile: Tokens of the tiles that are counted.

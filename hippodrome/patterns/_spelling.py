@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 from hippodrome.part import BadInput, from_dict, nearest
@@ -23,8 +24,10 @@ def kinds() -> dict[str, type[Pattern]]:
 
 def spelled(text: str) -> Pattern:
     """The pattern of a spelling: names with fields in brackets, joined by & and |, of which & binds closer; `BadInput`."""
+    # global is a word that Python keeps for itself; capitalised it is a name, and case does not matter.
+    readable = re.sub(r"\bglobal\b", "Global", text.strip())
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(readable, mode="eval").body
     except SyntaxError:
         raise _unreadable(text) from None
     return _built(tree, text)

@@ -9,6 +9,8 @@ from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, attention_pattern, language_model
+from hippodrome.recipes._mirror_copy import COPY
+from hippodrome.recipes._mirror_copy import mirror_copy as _mirror_copy
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
@@ -103,3 +105,27 @@ def atomic(*, d_state: int = 64, exercise: Exercise = PAPER_ATOMIC) -> RunConfig
         d_state: States of both systems of H3.
     """
     return _atomic(H3.Config(d_state=d_state), exercise, lr=1e-3)
+
+
+def mirror_copy(
+    *,
+    length: int = 32,
+    n_layer: int = 2,
+    d_model: int = 128,
+    d_state: int = 64,
+    head_dim: int = 1,
+    rows: int = 200,
+    train: TrainConfig = COPY,
+) -> RunConfig:
+    """H3 without attention on the mirror copy, a sequence backwards: the task of Perceiver AR.
+
+    Args:
+        length: Inputs of a row, twice what is copied.
+        n_layer: Blocks; perceiver_ar.mirror_copy has one fewer behind its cross-attention.
+        d_model: Width.
+        d_state: States of both systems of H3.
+        head_dim: Channels of an H3 head.
+        rows: Of the test split, and of the valid split.
+    """
+    mixer = H3.Config(d_state=d_state, head_dim=head_dim)
+    return _mirror_copy(mixer, length=length, n_layer=n_layer, d_model=d_model, rows=rows, train=train)

@@ -13,12 +13,12 @@ from hippodrome.models.perceiver_ar import PerceiverAR
 from hippodrome.part import BadInput
 from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.recipes._lm import BUDGET, Text
+from hippodrome.recipes._mirror_copy import COPY
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.tasks.lm import Lm
 from hippodrome.tasks.mirror_copy import MirrorCopy
 
 LONG = Text(length=1024)
-COPY = TrainConfig(steps=2000, batch_size=64, lr=1e-3, warmup=0.05, weight_decay=0.0, log_every=50, eval_batches=4)
 
 
 def perceiver_ar(

@@ -108,7 +108,7 @@ def golden(name):
 
 
 def ran(name, dtype, backend):
-    """(output, lse or None, gradients of q, k, v) beside the golden ones, over real queries."""
+    """Output, gradients of q, k, v and (of the reference) the lse, over real queries, beside the golden ones."""
     given, pattern, options, real, file = golden(name)
     leaves = [t.to(dtype).requires_grad_() for t in given]
     lse = None
@@ -117,21 +117,36 @@ def ran(name, dtype, backend):
             y, lse = attention(*leaves, pattern, **options, return_lse=True)
         else:
             y = attention(*leaves, pattern, **options)
-    y = y * real[:, None, :, None]
-    loss = (y * file["cot.out"].transpose(1, 2).to(dtype)).sum()
-    if "cot.lse" in file:
-        loss = loss + (lse * file["cot.lse"].to(lse.dtype)).sum()
-    gradients = torch.autograd.grad(loss, leaves)
     if "grad.qkv" in file:
         expected = [t.transpose(1, 2) for t in file["grad.qkv"].unbind(2)]
     else:
         expected = [file[f"grad.{t}"].transpose(1, 2) for t in "qkv"]
-    found = [y, *gradients]
     expected = [file["out.out"].transpose(1, 2), *expected]
     if lse is not None:
-        found.append(lse.transpose(1, 2)[real])
         expected.append(file["out.lse"].transpose(1, 2)[real])
-    return found, expected
+    return with_gradients(y, lse, leaves, real, file), expected
+
+
+def with_gradients(y, lse, leaves, real, file):
+    """[y, gradients of the leaves, lse if there is one], of the file's loss over real queries."""
+    y = y * real[:, None, :, None]
+    loss = (y * file["cot.out"].transpose(1, 2).to(y.dtype)).sum()
+    if "cot.lse" in file:
+        loss = loss + (lse * file["cot.lse"].to(lse.dtype)).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    rows = [] if lse is None else [lse.detach().transpose(1, 2)[real]]
+    return [y.detach(), *gradients, *rows]
+
+
+def largest_error(found, expected):
+    """Of the rows that see anything; the lse of the others must be -inf in both."""
+    hidden = expected == -torch.inf
+    assert torch.equal(found == -torch.inf, hidden)
+    return float((found.double() - expected.double())[~hidden].abs().max())
+
+
+def largest(expected):
+    return float(expected[expected > -torch.inf].abs().max())
 
 
 def can(name, backend):
@@ -141,43 +156,41 @@ def can(name, backend):
 CASES = [(name, backend) for name in GOLDENS for backend in ("reference", "sdpa") if can(name, backend)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "backend"), CASES)
-def test_equals_the_published_reference(name, backend, dtype):
-    large = "large_norm" in name
-    for found, expected in zip(*ran(name, dtype, backend), strict=True):
-        found = found.detach()
-        hidden = expected == -torch.inf
-        assert torch.equal(found == -torch.inf, hidden)
-        scale = max(1.0, float(expected[~hidden].abs().max()))
-        error = float((found.double() - expected.double())[~hidden].abs().max())
-        limit = 1e-6 if dtype == torch.float64 else 2e-4 if large else 5e-5
-        assert error <= limit * scale, (error, scale)
+def test_equals_the_published_reference_in_float64(name, backend):
+    """Up to the rounding of the stored values."""
+    for found, expected in zip(*ran(name, torch.float64, backend), strict=True):
+        assert largest_error(found, expected) <= 1e-6 * largest(expected)
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_equals_the_published_reference_in_float32(name, backend):
+    for i, (found, expected) in enumerate(zip(*ran(name, torch.float32, backend), strict=True)):
+        # The second to the fourth are gradients, which large logits make harder.
+        limit = 5e-5 if "large_norm" in name and i in (1, 2, 3) else 2e-5
+        assert largest_error(found, expected) <= limit * max(1.0, largest(expected))
 
 
 def naive(q, k, v, mask, softcap):
+    """Output and lse, every step in the dtype of q."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    p = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~mask, 0)
-    return p @ v
+    scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
+    blind = ~mask.any(-1)
+    return scores.softmax(-1).masked_fill(~mask, 0) @ v, scores.logsumexp(-1).masked_fill(blind, -torch.inf)
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_half_precision_is_at_most_twice_as_wrong_as_the_plain_formula(name, backend):
     given, pattern, options, real, file = golden(name)
-    if "cot.lse" in file:
-        pytest.skip("its gradients mix the lse in")
     leaves = [t.bfloat16().requires_grad_() for t in given]
-    softcap = options.get("softcap")
     places = {key: value for key, value in options.items() if key != "softcap"}
     mask = module.visible(pattern, *given[:2], **places)
-    plain = naive(*leaves, mask, softcap) * real[:, None, :, None]
-    plain = [plain, *torch.autograd.grad((plain * file["cot.out"].transpose(1, 2).bfloat16()).sum(), leaves)]
+    plain = with_gradients(*naive(*leaves, mask, options.get("softcap")), leaves, real, file)
     found, expected = ran(name, torch.bfloat16, backend)
-    for ours, theirs, truth in zip(found[:4], plain, expected[:4], strict=True):
-        error, allowed = ((t.double() - truth.double()).abs().max() for t in (ours, theirs))
-        assert error <= 2 * allowed + 1e-3
+    for ours, theirs, truth in zip(found, plain, expected, strict=backend == "reference"):
+        assert largest_error(ours, truth) <= 2 * largest_error(theirs, truth)
 
 
 @pytest.mark.parametrize("option", ["plain", "softcap", "bias", "slopes", "dropout", "pack", "count"])
@@ -220,6 +233,52 @@ def test_a_key_that_counts_twice_is_two_keys(backend):
     at = torch.tensor([0, 0, 1, 2, 3, 3, 4, 5])
     again = attention.reference(q, k[:, :, at], v[:, :, at], Causal(), q_position=torch.arange(6)[None], k_position=at[None])
     assert_close(y, again, 1e-6)
+
+
+@dataclass(frozen=True)
+class Blindfold(Causal):
+    """Causal, but every third query sees nothing."""
+
+    def visible(self, head, q, k):
+        return (k <= q) & (q % 3 != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(backend, dtype):
+    q, k, v = inputs(8, 8, dtype=dtype)
+    with use_backend(backend):
+        y = attention(q, k, v, Blindfold())
+    gradients = torch.autograd.grad((y + 1).square().sum(), [q, k, v])
+    blind = torch.arange(8) % 3 == 0
+    for t in (y, gradients[0]):
+        assert not t[:, :, blind].any()
+        assert t[:, :, ~blind].any(-1).all()
+    # The others and all keys are as if the blind rows were not there.
+    at = torch.arange(8)[~blind][None]
+    rest = attention.reference(q[:, :, ~blind], k, v, Causal(), q_position=at)
+    expected = torch.autograd.grad((rest + 1).square().sum(), [q, k, v])
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for found, right in zip([y[:, :, ~blind], *gradients], [rest, *expected], strict=True):
+        assert_close(found, right, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("why", ["no key at a position", "bias", "a document without keys", "all keys after the queries"])
+def test_whatever_hides_every_key_gives_zeros(why, backend):
+    q, k, v = inputs(4, 4, batch=1)
+    options = {
+        "no key at a position": {"k_position": torch.full((1, 4), -1)},
+        "bias": {"bias": torch.full((4, 4), -torch.inf)},
+        "a document without keys": {"offsets": torch.tensor([0, 4, 4]), "k_offsets": torch.tensor([0, 0, 4])},
+        "all keys after the queries": {"q_position": torch.zeros(1, 4).long(), "k_position": torch.ones(1, 4).long()},
+    }[why]
+    with use_backend(backend):
+        y = attention(q, k, v, Causal(), **options)
+    for t in (y, *torch.autograd.grad((y + 1).square().sum(), [q, k, v])):
+        assert not t.any()
+    _, lse = attention.reference(q, k, v, Causal(), **options, return_lse=True)
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -298,12 +357,13 @@ def test_long_sequences_fit_memory():
         ({"offsets": torch.tensor([1, 4])}, "begins with 1"),
         ({"offsets": torch.tensor([0, 3, 2, 4])}, "falls from 3 to 2"),
         ({"offsets": torch.tensor([0.0, 4.0])}, "int32 or int64"),
+        ({"offsets": torch.tensor([0, 9])}, "ends at 9: a pack of 4 tokens ends at 4"),
+        ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 3])}, "k_offsets ends at 3: a pack of 4"),
         ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 2, 4])}, "1 documents of queries and 2 of keys"),
         ({"k_offsets": torch.tensor([0, 4])}, "k_offsets without offsets"),
         ({"q_position": torch.zeros(1, 3, dtype=torch.int64)}, r"must be \(1, 4\)"),
         ({"k_position": torch.zeros(1, 4)}, "must be int64"),
         ({"bias": torch.zeros(3, 4, 4)}, "must broadcast"),
-        ({"bias": torch.zeros(4, 4, device="meta")}, "bias is on meta, q on cpu"),
         ({"slopes": torch.zeros(3)}, "one a head"),
         ({"seed": torch.zeros(2)}, "the seed is"),
         ({"seed": 2**63}, "64 bits"),
@@ -314,6 +374,17 @@ def test_bad_options_are_one_line(options, message):
     with pytest.raises(BadInput, match=message) as raised:
         attention(q, k, v, Causal(), **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "q_position", "k_position", "offsets", "k_offsets", "bias", "slopes", "seed"])
+def test_tensors_on_two_devices_are_one_line(name):
+    q, k, v = inputs(4, 4, batch=1)
+    places, ends = torch.arange(4)[None], torch.tensor([0, 4])
+    given = {"k": k, "v": v, "q_position": places, "k_position": places, "offsets": ends, "k_offsets": ends}
+    given |= {"bias": torch.zeros(4, 4), "slopes": torch.zeros(4), "seed": torch.tensor(0)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(BadInput, match=f"^{name} is on meta, q on cpu: all tensors of an attention must be on one device$"):
+        attention(q, pattern=Causal(), **given)
 
 
 def test_bad_shapes_are_one_line():

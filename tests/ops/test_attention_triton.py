@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.attention import _tiles, attention
 from hippodrome.ops.attention import triton as backend
+from hippodrome.part import BadInput
 from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Prefix, Strided, Window
 from tests.support import interpreted
 
@@ -172,6 +174,17 @@ def test_dense_calls_are_left_to_torch_unless_they_want_more():
 def forced(*args, **options):
     with use_backend("triton"):
         return attention(*args, **options)
+
+
+def test_float64_asked_of_the_gpu_is_one_line(monkeypatch):
+    """With tensors that only say that they are on a GPU."""
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    with FakeTensorMode(), use_backend("triton"):
+        q = torch.zeros(1, 2, 4, 8, dtype=torch.float64, device="cuda")
+        with pytest.raises(BadInput, match=r"'triton' asked for: .*float64.*it takes one of .*float32") as raised:
+            attention(q, q, q, Causal())
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.gpu

@@ -24,6 +24,7 @@ ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_rec
 SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body")
 """Parameters that are dataclasses: their fields are the flags, each with its own help."""
 CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]
+COPIES = [name for name in recipes() if name.endswith(".mirror_copy")]
 OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder_segmentation"]
 
 
@@ -37,8 +38,10 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
+    wanted |= {"perceiver_ar", "block_sparse", "bigbird"}
+    wanted |= {"perceiver_ar.mirror_copy", "transformer.mirror_copy", "h3.mirror_copy"}
     assert wanted <= set(recipes())
-    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS)
+    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS, COPIES)
     assert {name for group in groups for name in group} == set(recipes())
 
 
@@ -153,6 +156,20 @@ def test_an_atomic_recipe_is_one_post_norm_layer_that_fits_its_task(name):
 @pytest.mark.parametrize("name", ATOMIC)
 def test_an_atomic_recipe_learns_from_a_batch(name):
     config = find_recipe(name)(exercise=Exercise(task="context_shift", length=16, d_model=8))
+    torch.manual_seed(0)
+    model, batch = config.model.build(), config.task.build().batch("train", 0, 2)
+    loss = model.loss(batch).total
+    loss.backward()
+    assert 0 < float(loss.detach()) < 10
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_the_mirror_copy_is_one_task_for_all_and_learned_the_same_way(name):
+    config = find_recipe(name)(length=8, d_model=16, rows=5, train=TrainConfig(seed=3))
+    ours, theirs = (find_recipe(each)() for each in (name, "perceiver_ar.mirror_copy"))
+    assert (ours.task, ours.train) == (theirs.task, theirs.train)
+    assert (config.task.length, config.task.test_rows, config.task.seed) == (8, 5, 3)
     torch.manual_seed(0)
     model, batch = config.model.build(), config.task.build().batch("train", 0, 2)
     loss = model.loss(batch).total
