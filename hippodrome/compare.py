@@ -94,6 +94,7 @@ def compare(
         "task": to_dict(first.task),
         "headline": trained["headline"],
         "loss_unit": cast("type[Task]", first.task.part).loss_unit,
+        "row_name": cast("type[Task]", first.task.part).row_name,
         # A run that was finished before floors were written has none.
         "floors": trained.get("floors", {}),
         "seeds": seeds,
@@ -201,11 +202,13 @@ def print_table(report: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(score for row in results.values() for score in row["scores"]))
     names.sort(key=lambda name: (name != report["headline"], name))
     table = Table("recipe", "parameters", title=f"test scores, {report['seeds']} seed{'s' if report['seeds'] > 1 else ''}")
-    for name in [*(name.replace("_", " ") for name in names), "tokens/s"]:
+    rows = report.get("row_name") or ""
+    for name in [*(name.replace("_", " ") for name in names), f"{rows or 'tokens'}/s"]:
         table.add_column(name, justify="right")
     for name, row in results.items():
         scores = [_plus_minus(row["scores"][score]) if score in row["scores"] else "" for score in names]
-        table.add_row(name, f"{row['parameters']:,}", *scores, f"{row['tokens_per_s']:,.0f}")
+        speed = row["rows_per_s" if rows else "tokens_per_s"]
+        table.add_row(name, f"{row['parameters']:,}", *scores, f"{speed:,.0f}")
     for name, value in report["floors"].items():
         table.add_row(f"({name})", "", f"{value:.4f}", *[""] * len(names), style="dim")
     console = Console()
@@ -280,6 +283,8 @@ def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": reports[0]["tokens"],
         "seconds": statistics.fmean(report["seconds"] for report in reports),
         "tokens_per_s": statistics.fmean(report["tokens"] / report["seconds"] for report in reports),
+        # A run that was finished before rows were counted has none.
+        "rows_per_s": statistics.fmean(report.get("rows", 0) / report["seconds"] for report in reports),
         "scores": scores,
         "runs": [report["folder"] for report in reports],
     }
