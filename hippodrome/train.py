@@ -147,6 +147,7 @@ def train(
             "tokens": tokens,
             "seconds": seconds,
             "rows": settings.batch_size * done,
+            "row_name": task.row_name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": devices.world(),
             "provenance": provenance(settings.seed, device),

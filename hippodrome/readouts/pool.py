@@ -1,6 +1,6 @@
 """Pool: one answer a sequence: class logits (B, classes) of the mean, the last or the first real position.
 
-    y = W h + b,   with `d_hidden` y = W tanh(V h + c) + b    (ViT's representation layer: Dosovitskiy et al., ICLR 2021)
+y = W h + b,   with `d_hidden` y = W tanh(V h + c) + b    (ViT's representation layer: Dosovitskiy et al., ICLR 2021)
 """
 
 from __future__ import annotations

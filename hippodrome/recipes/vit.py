@@ -1,6 +1,6 @@
 """ViT: pictures as patches (Dosovitskiy et al., ICLR 2021), with attention or any other mixer in its blocks.
 
-Sizes are the authors', starts those of their JAX code. The budgets are ours: what small sets of small pictures need from scratch.
+Sizes are the authors', starts those of their JAX code. The budgets are ours, for small sets of small pictures from scratch.
 Where the paper reads the class token, the default here is the mean over the patches, which suits every mixer.
 """
 
@@ -23,7 +23,12 @@ from hippodrome.tasks.image import Image
 Name = Literal["attention", "linear_attention", "h3", "gss", "mega", "s5", "s4", "s4d", "dss", "dlr"]
 Size = Literal["mini", "tiny", "small", "base"]
 
-SIZES: dict[Size, tuple[int, int, int]] = {"mini": (64, 4, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+SIZES: dict[Size, tuple[int, int, int]] = {
+    "mini": (64, 4, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+}
 """Width, blocks, attention heads. All but mini, which a CPU trains in minutes, are published."""
 
 _ONE_WAY = ("h3", "gss")

@@ -22,7 +22,9 @@ def test_is_a_convolution_with_a_stride_of_one_patch():
     assert torch.equal(embed(pictures.flatten(1, 2)), embed(pictures))
 
 
-@pytest.mark.parametrize(("case", "old", "new"), [("4to6_cls1", 4, 6), ("6to4_cls1", 6, 4), ("4to6_cls0", 4, 6), ("3to7_cls1", 3, 7)])
+@pytest.mark.parametrize(
+    ("case", "old", "new"), [("4to6_cls1", 4, 6), ("6to4_cls1", 6, 4), ("4to6_cls0", 4, 6), ("3to7_cls1", 3, 7)]
+)
 def test_positions_are_resized_as_the_authors_do(case, old, new):
     golden = load("vit_posembed_resize")
     found = resized_positions(golden[f"in.pos_{case}"][0], (old, old), (new, new))

@@ -21,8 +21,9 @@ LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(fin
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
 SIGNALS = [name for name in recipes() if "body" in inspect.signature(find_recipe(name)).parameters]
 ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
-SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body")
+SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body", "frame")
 """Parameters that are dataclasses: their fields are the flags, each with its own help."""
+VISION = [name for name in recipes() if name.startswith("vit.")]
 CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]
 OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder_segmentation"]
 
@@ -33,11 +34,12 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"mega", "mega.chunked", "mega.synthetic", "s4", "s4.synthetic", "dss", "dss.synthetic"}
     wanted |= {"gss", "gss.hybrid", "gss.synthetic", "dlr", "dlr.synthetic"}
     wanted |= {"lra.listops", "lra.text", "lra.retrieval", "listops_subtrees"}
+    wanted |= {"vit.fashion", "vit.tiny", "vit.small", "vit.base"}
     wanted |= {"signals.image", "signals.waveform", "signals.dna"}
     systems = ("dlr", "dss", "gss", "h3", "linear_transformer", "mega", "s4", "s4d", "s5", "transformer")
     wanted |= {f"{system}.atomic" for system in systems}
     assert wanted <= set(recipes())
-    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS)
+    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS, VISION)
     assert {name for group in groups for name in group} == set(recipes())
 
 
