@@ -70,6 +70,8 @@ class Task(Part, folder="tasks"):
     higher_is_better: bool = True
     loss_unit: str = "nats a token"
     """Of the training loss."""
+    row_name: str = ""
+    """What rows are called where rows a second are worth telling: "images"; empty: they are not."""
 
     def batch(self, split: Split, index: int, size: int) -> Batch:
         """Batch number `index` of `size` rows. Training data repeats in a new order every epoch; other splits end."""
