@@ -34,10 +34,10 @@ class Lists:
         return [self.plan, self.members, self.masks, self.joins]
 
 
-def side(pattern: Pattern) -> int:
-    """The side of the tiles in which a pattern is walked: its own where it has one, so that no tile is partly visible."""
+def side(pattern: Pattern, most: int = 128) -> int:
+    """The side of the tiles in which a pattern is walked: what divides its own, so that few tiles are partly visible."""
     own = [n for n in _sides(pattern) if n]
-    return next((size for size in SIDES if all(n % size == 0 for n in own)), SIDES[-1]) if own else 64
+    return next((size for size in SIDES if size <= most and all(n % size == 0 for n in own)), SIDES[-1]) if own else 64
 
 
 def _sides(pattern: Pattern) -> Iterator[int]:
