@@ -169,6 +169,14 @@ def test_dense_calls_are_left_to_torch_unless_they_want_more():
     assert "torch" in backend._yields(q, q, q, Causal())
     assert backend._yields(q, q, q, Causal(), return_lse=True) is None
     assert backend._yields(q, q, q, Butterfly(16)) is None
+    assert "causality" in backend._yields(q, q, q, Butterfly(16) & Causal())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [BigBird(tile=64), Butterfly(64) & Causal(), Butterfly(32) & Causal()], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+def test_causal_lists_on_a_device(pattern, width):
+    assert_same(forced, pattern, (1, 4, 2, 2000, 2000, width), torch.bfloat16, "cuda")
 
 
 def forced(*args, **options):

@@ -253,7 +253,7 @@ def forward(
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
+        for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
             j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
@@ -397,7 +397,7 @@ def gradient_q(
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
+        for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
             j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
@@ -516,7 +516,7 @@ def gradient_kv(
             else:
                 i_0 = end if LIST else first
                 i_1 = last if LIST else last - (end - whole)
-            for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
+            for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
                 j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
                 q_at, there, mask = met(j, cols, ids, i_1, T, M, LIST, TABLE and stage == 1)
                 q_in = there & (q_at < n_q)
