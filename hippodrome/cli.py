@@ -51,9 +51,10 @@ def train(recipe: tuple[str, RunConfig], *, out: Path | None = None, resume: boo
     if os.environ.get("RANK", "0") != "0":
         return
     _print_scores(report["scores"], report["headline"], report.get("floors", {}))
-    print(
-        f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s; the run is in {folder}"
-    )
+    rows = report.get("row_name")
+    speed = f", {report['rows'] / report['seconds']:,.0f} {rows}/s" if rows else ""
+    took = f"{report['parameters']:,} parameters, {report['tokens']:,} tokens in {report['seconds']:.0f} s{speed}"
+    print(f"{took}; the run is in {folder}")
 
 
 def generate(
@@ -101,6 +102,7 @@ def eval_(
     stride: int | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    by_position: bool = False,
 ) -> None:
     """Score a trained model on held-out data; the scores are printed and written to RUN/eval.json.
 
@@ -113,6 +115,7 @@ def eval_(
         stride: Of Perceiver AR: new tokens scored a pass; by default as configured, or half of the latents given.
         device: auto, cpu, cuda, cuda:1 and so on.
         precision: fp32, or autocast to bf16 or fp16.
+        by_position: Of a text, also bits per byte by position in the document, in fp32: positions.json and positions.png.
     """
     from hippodrome.checkpoint import load
     from hippodrome.evaluate import evaluate
@@ -133,6 +136,15 @@ def eval_(
         facts["protocol"] = model.protocol
     write_json(run / "eval.json", facts | {"provenance": provenance(None, where)})
     _print_scores({split: scores}, task.headline, floors)
+    if by_position:
+        from hippodrome import by_position as positions
+
+        entries = positions.by_position(model, task, split)
+        write_json(run / "positions.json", {"split": split, "positions": entries, "provenance": provenance(None, where)})
+        positions.draw_positions(run / "positions.png", entries, run.name)
+        for entry in entries:
+            span = f"{entry['first']:>9,} to {entry['stop']:>9,}"
+            print(f"{span}: {entry['bits_per_byte']} bits per byte, {entry['tokens']:,} tokens")
 
 
 def compare(
@@ -325,23 +337,34 @@ def show(name: Name, *, out: Path | None = None, length: int = 256, tile: int = 
 
 
 def convert(
-    kind: Annotated[Positional[Literal["h3"]], arg(metavar="{h3}")],
+    kind: Annotated[Positional[Literal["h3", "vit"]], arg(metavar="{h3,vit}")],
     checkpoint: Annotated[Positional[Path], arg(metavar="CKPT")],
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     *,
     n_head: int | None = None,
+    image_size: tuple[int, ...] = (),
+    activation: Literal["gelu_tanh", "gelu"] | None = None,
 ) -> None:
-    """Make a run of a checkpoint that the authors of a system published: hippodrome convert h3 CKPT OUT.
+    """Make a run of a checkpoint that the authors of a system published: hippodrome convert h3|vit CKPT OUT.
 
     Args:
-        kind: Whose checkpoint it is.
+        kind: Whose checkpoint it is; vit: an .npz of the authors' JAX code, or timm's names as .safetensors.
         checkpoint: The file.
         out: The folder of the run that is written.
-        n_head: Attention heads, which the file does not hold; known for the published sizes.
+        n_head: Attention heads, where the file does not hold them; known for the published sizes.
+        image_size: Of vit: a side, or height and width, of the pictures to come; positions are resized.
+        activation: Of vit; none: that of the code whose names the file has.
     """
-    from hippodrome.convert import convert_h3
+    if kind == "vit":
+        from hippodrome.convert_vit import convert_vit
 
-    convert_h3(checkpoint, out, n_head=n_head)
+        convert_vit(checkpoint, out, image_size=image_size, n_head=n_head, activation=activation)
+    else:
+        from hippodrome.convert import convert_h3
+
+        if image_size or activation:
+            raise BadInput("image-size and activation are of vit: leave them out for h3")
+        convert_h3(checkpoint, out, n_head=n_head)
     print(f"converted; the run is in {out}")
 
 

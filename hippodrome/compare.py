@@ -94,6 +94,7 @@ def compare(
         "task": to_dict(first.task),
         "headline": trained["headline"],
         "loss_unit": cast("type[Task]", first.task.part).loss_unit,
+        "row_name": cast("type[Task]", first.task.part).row_name,
         # A run that was finished before floors were written has none.
         "floors": trained.get("floors", {}),
         "seeds": seeds,
@@ -202,11 +203,14 @@ def print_table(report: Mapping[str, Any]) -> None:
     names.sort(key=lambda name: (name != report["headline"], name))
     table = Table("recipe", "parameters", title=f"test scores, {report['seeds']} seed{'s' if report['seeds'] > 1 else ''}")
     measured = any(row.get("peak_bytes") for row in results.values())
-    for name in [*(name.replace("_", " ") for name in names), "tokens/s", *(["peak memory"] if measured else [])]:
+    rows = report.get("row_name") or ""
+    speeds = [f"{rows or 'tokens'}/s", *(["peak memory"] if measured else [])]
+    for name in [*(name.replace("_", " ") for name in names), *speeds]:
         table.add_column(name, justify="right")
     for name, row in results.items():
         scores = [_plus_minus(row["scores"][score]) if score in row["scores"] else "" for score in names]
-        table.add_row(name, f"{row['parameters']:,}", *scores, f"{row['tokens_per_s']:,.0f}", *_memory(row))
+        speed = row["rows_per_s" if rows else "tokens_per_s"]
+        table.add_row(name, f"{row['parameters']:,}", *scores, f"{speed:,.0f}", *_memory(row))
     for name, value in report["floors"].items():
         table.add_row(f"({name})", "", f"{value:.4f}", *[""] * len(names), style="dim")
     console = Console()
@@ -292,6 +296,8 @@ def _summary(folder: Path, reports: Sequence[Mapping[str, Any]]) -> dict[str, An
         "tokens_per_s": statistics.fmean(report["tokens"] / report["seconds"] for report in reports),
         "steady_tokens_per_s": statistics.fmean(_steady(folder / report["folder"]) for report in reports),
         "peak_bytes": max(peaks, default=None),
+        # A run that was finished before rows were counted has none.
+        "rows_per_s": statistics.fmean(report.get("rows", 0) / report["seconds"] for report in reports),
         "scores": scores,
         "runs": [report["folder"] for report in reports],
     }

@@ -110,6 +110,9 @@ class ChannelMixer(Part, nn.Module, folder="channels"):
 class Embed(Part, nn.Module, folder="embeds"):
     """Inputs to vectors: ids (B, L) or signals (B, L, C) -> (B, L, D). Built as `config.build(d_model)`."""
 
+    streams: ClassVar[bool] = True
+    """Whether every token has a vector of its own, so that a sequence may come in chunks and be padded."""
+
     def forward(self, inputs: Tensor, position: Tensor | None = None) -> Tensor:
         """`position` (B,) int64: how many tokens each row has seen before; None means zero."""
         raise NotImplementedError
@@ -141,6 +144,8 @@ class BlockConfig:
     norm: Norm = "layer"
     order: Literal["pre", "post"] = "pre"
     dropout: float = 0.0
+    norm_eps: float | None = None
+    """What the norms add to the variance; None: as is usual for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +172,11 @@ class Block(nn.Module):
         super().__init__()
         self.post = config.order == "post"
         mixer: Mixer[Any] = config.mixer.build(d_model)
-        norm, dropout = build_norm(config.norm, d_model), nn.Dropout(config.dropout)
+        norm, dropout = build_norm(config.norm, d_model, config.norm_eps), nn.Dropout(config.dropout)
         left, self.mixer_dropout = mixer.claim(nn.Identity() if self.post else norm, dropout)
         self.mixer_norm = norm if self.post else left
         self.mixer = mixer
-        self.channel_norm = build_norm(config.norm, d_model) if config.channel else None
+        self.channel_norm = build_norm(config.norm, d_model, config.norm_eps) if config.channel else None
         self.channel: ChannelMixer | None = config.channel.build(d_model) if config.channel else None
         self.dropout = dropout
 
@@ -245,7 +250,8 @@ class Model(nn.Module):
         self.embed: Embed = config.embed.build(config.d_model)
         self.blocks = nn.ModuleList(Block(block, config.d_model) for block in config.blocks)
         last = config.blocks[-1]
-        self.final_norm = build_norm(last.norm, config.d_model) if last.order == "pre" else nn.Identity()
+        final = last.order == "pre"
+        self.final_norm = build_norm(last.norm, config.d_model, last.norm_eps) if final else nn.Identity()
         self.readout: Readout = config.readout.build(config.d_model, self.embed)
         self._init_weights()
 
@@ -255,8 +261,8 @@ class Model(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether every mixer is causal, that is whether the model can remember and generate."""
-        return all(block.mixer.causal for block in self._stack)
+        """Whether every mixer is causal and the embedding takes chunks, that is whether the model can remember and generate."""
+        return self.embed.streams and all(block.mixer.causal for block in self._stack)
 
     @property
     def protocol(self) -> str | None:
@@ -314,6 +320,8 @@ class Model(nn.Module):
         self, inputs: Tensor, state: ModelState | None, lengths: Tensor | None
     ) -> tuple[Tensor, ModelState | None, Aux, Tensor | None]:
         """Final hidden vectors, state, extras, and lengths in the form that readouts take."""
+        if lengths is not None and not self.embed.streams:
+            raise BadInput(f"{type(self.embed).__name__} reads whole rows: leave lengths out")
         if several(inputs):
             inputs, lengths = inputs.flatten(0, 1), None if lengths is None else lengths.flatten()
         aligned, undo, counts = inputs, None, lengths
@@ -354,7 +362,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's: N(0, init_std) for linear maps and embeddings, smaller where a map writes into the residual stream."""
+        """GPT-2's: N(0, init_std) for linear maps and embeddings, smaller where a map writes into the residual stream.
+
+        A part with a start of its own has a method `init_weights`, which comes last.
+        """
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -365,6 +376,9 @@ class Model(nn.Module):
             for name in getattr(module, "residual_out", ()):
                 linear = cast(nn.Linear, module.get_submodule(name))
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * len(self.blocks)))
+        for module in self.modules():
+            if (own := getattr(module, "init_weights", None)) is not None:
+                own()
 
 
 class WholeModel(Part, Model, folder="models"):

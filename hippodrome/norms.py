@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippodrome.ops.add_norm import add_norm
+from hippodrome.part import BadInput
 
 Norm = Literal["layer", "rms", "scale", "scalar", "batch"]
 
@@ -67,14 +68,18 @@ class BatchNorm(Fp32Parameters, nn.SyncBatchNorm):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-def build_norm(kind: Norm, d_model: int) -> nn.Module:
-    """A norm over the last axis of d_model channels."""
+def build_norm(kind: Norm, d_model: int, eps: float | None = None) -> nn.Module:
+    """A norm over the last axis of d_model channels. eps: what is added to the variance; None: as is usual for the norm."""
+    if eps is not None and not eps > 0:
+        raise BadInput(f"norm_eps is {eps}: it must be above 0, or none")
     if kind == "layer":
-        return nn.LayerNorm(d_model)
+        return nn.LayerNorm(d_model, eps=1e-5 if eps is None else eps)
     if kind == "rms":
-        return nn.RMSNorm(d_model, eps=1e-6)
+        return nn.RMSNorm(d_model, eps=1e-6 if eps is None else eps)
     if kind == "batch":
-        return BatchNorm(d_model)
+        return BatchNorm(d_model, eps=1e-5 if eps is None else eps)
+    if eps is not None:
+        raise BadInput(f"norm_eps is {eps}, but the {kind} norm has its own: take the layer, rms or batch norm, or none")
     return ScaleNorm() if kind == "scale" else ScalarNorm()
 
 

@@ -57,7 +57,7 @@ class ProgressDisplay:
         scores = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._scores.items() if name != "loss"]
         # One score: the line should fit into a terminal.
         facts += scores[:1]
-        facts += [f"{progress.tokens_per_s:,.0f} tokens/s", f"{_clock(progress.seconds_left)} left"]
+        facts += [progress.rows or f"{progress.tokens_per_s:,.0f} tokens/s", f"{_clock(progress.seconds_left)} left"]
         return "  ".join(facts)
 
     def _bar(self, progress: Progress) -> Table:

@@ -48,6 +48,8 @@ class Progress:
     tokens_per_s: float
     seconds_left: float
     scores: Mapping[str, float] | None = None
+    rows: str = ""
+    """How many rows a second, and what they are, where the task has a name for them: "1,200 images/s"."""
 
 
 def train(
@@ -125,7 +127,8 @@ def train(
                     log.write(line | ({} if valid is None else {"valid": valid}))
                 if watch is not None and leader:
                     left = (settings.steps - done) * spent / max(1, done - first)
-                    watch(Progress(done, settings.steps, line["loss"], line["lr"], tokens, fresh / spent, left, valid))
+                    rows = _rows(task, settings.batch_size * (done - first) / spent)
+                    watch(Progress(done, settings.steps, line["loss"], line["lr"], tokens, fresh / spent, left, valid, rows))
             if save_due:
                 kept = {"tokens": tokens, "seconds": seconds, "losses": losses, "scaler": step.scaler.state_dict()}
                 carried = step.carried()
@@ -147,6 +150,8 @@ def train(
             "seconds": seconds,
             "peak_bytes": None if peak is None else peak - held,
             "protocol": model.protocol,
+            "rows": settings.batch_size * done,
+            "row_name": task.row_name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": devices.world(),
             "provenance": provenance(settings.seed, device),
@@ -156,6 +161,10 @@ def train(
             write_json(folder / "report.json", report)
         devices.barrier()
         return report
+
+
+def _rows(task: Task, a_second: float) -> str:
+    return f"{a_second:,.0f} {task.row_name}/s" if task.row_name else ""
 
 
 def _read_losses(unread: list[tuple[Tensor, Tensor]], done: int, settings: TrainConfig) -> list[float]:

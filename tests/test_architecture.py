@@ -23,16 +23,16 @@ TESTS = Path(__file__).parent
 
 FLOORS = (
     "part state patterns positions task files documents tokenizer data devices metrics flags plots",
-    "ops norms model tasks",
+    "ops norms inits model tasks",
     "run",
     "lti embeds readouts checkpoint",
-    "mixers channels models cuda_graph optim step train generation evaluate parity progress",
-    "recipes compare grid catalog convert doctor verify bench",
+    "mixers channels models cuda_graph optim step train generation evaluate by_position parity progress",
+    "recipes compare grid catalog convert convert_vit doctor verify bench",
     "demo cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
 
-REPLACEABLE = ("recipes", "convert", "demo", "bench")
+REPLACEABLE = ("recipes", "convert", "convert_vit", "demo", "bench")
 """What may name single parts, and so goes or changes with them; parts may too. The rest of the house may not."""
 
 SLOTS = {slot.folder: slot for slot in Part.__subclasses__() if slot.__module__.startswith("hippodrome.")}

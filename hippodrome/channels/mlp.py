@@ -34,6 +34,8 @@ class Mlp(ChannelMixer):
         activation: Literal["gelu_tanh", "gelu", "relu", "silu", "relu2"] = "gelu_tanh"
         dropout: float = 0.0
         """Share of the inner channels dropped in training."""
+        init: Literal["model", "xavier"] = "model"
+        """model: as the model begins. xavier: as ViT's MLPs do, uniform of variance 2 / (in + out), biases N(0, 1e-6)."""
 
         def width(self, d_model: int) -> int:
             """The inner width at this d_model."""
@@ -46,10 +48,16 @@ class Mlp(ChannelMixer):
             raise BadInput(f"d_ff is {d_ff}: it must be at least 1")
         if not 0 <= config.dropout <= 1:
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and at most 1")
+        self.init = config.init
         self.activation = _ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
         self.fc1 = nn.Linear(d_model, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
+
+    def init_weights(self) -> None:
+        for linear in (self.fc1, self.fc2) if self.init == "xavier" else ():
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
         return self.fc2(self.dropout(self.activation(self.fc1(x)))), {}

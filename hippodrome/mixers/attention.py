@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,8 @@ class Attention(Mixer[AttentionState]):
         position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
+        init: Literal["model", "xavier"] = "model"
+        """model: as the model begins. xavier: as ViT's do, each of the four maps uniform of variance 2 / (in + out)."""
 
     def __init__(self, config: Config, d_model: int) -> None:
         super().__init__()
@@ -155,6 +157,12 @@ class Attention(Mixer[AttentionState]):
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
         self.out_proj = nn.Linear(d_model, d_model)
         self.causal = config.pattern.causal
+
+    def init_weights(self) -> None:
+        if self.config.init == "xavier":
+            sizes = [n * self.d_head for n in (self.n_head, self.n_kv, self.n_kv)]
+            for weight in (*self.Wqkv.weight.split(sizes), self.out_proj.weight):
+                nn.init.xavier_uniform_(weight)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, lengths: Tensor | None = None

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippodrome.inits import truncated_normal_
 from hippodrome.lti._hippo import Complex, nplr
 from hippodrome.lti._zoh import expm1_over
 from hippodrome.model import Mixer, Stepper
@@ -250,8 +251,7 @@ def _initial_c(config: S5.Config, basis: Complex, d_model: int) -> Tensor:
 
 def _truncated_normal(shape: tuple[int, ...], std: float) -> Tensor:
     """Numbers of this standard deviation, from a normal distribution cut at twice its own."""
-    whole = std / 0.87962566103423978
-    return nn.init.trunc_normal_(torch.empty(shape), std=whole, a=-2 * whole, b=2 * whole)
+    return truncated_normal_(torch.empty(shape), std)
 
 
 def _rules(config: S5.Config) -> dict[str, OptimRule]:

@@ -7,7 +7,11 @@ import re
 from typing import Any
 
 from hippodrome.part import BadInput, from_dict, nearest
-from hippodrome.patterns._pattern import And, Or, Pattern
+from hippodrome.patterns._pattern import And, Or, Pattern, _Combined
+from hippodrome.patterns._tiled import TilePattern
+
+UNNAMED = (And, Or, _Combined, TilePattern)
+"""What is built with & and |, and what only others derive from."""
 
 
 def kinds() -> dict[str, type[Pattern]]:
@@ -17,7 +21,7 @@ def kinds() -> dict[str, type[Pattern]]:
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()
-        if not kind.__subclasses__() and kind not in (And, Or):
+        if kind not in UNNAMED:
             found[kind.__name__.lower()] = kind
     return dict(sorted(found.items()))
 

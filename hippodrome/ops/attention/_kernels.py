@@ -134,12 +134,13 @@ def met(i, cols, ids, end, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constex
     lane = tl.arange(0, SIZE)
     mask = lane * 0 - 1
     if LIST:
-        entry = i + lane // T
-        there = entry < end
+        SHARE: tl.constexpr = T // SIZE if SIZE < T else 1
+        entry = i // SHARE + lane // T
+        there = entry < (end + SHARE - 1) // SHARE
         tile = tl.load(cols + entry, mask=there, other=0)
         if TABLE:
             mask = tl.load(ids + entry, mask=there, other=-1)
-        at = tile * T + lane % T
+        at = tile * T + i % SHARE * SIZE + lane % T
     else:
         at = i * SIZE + lane
         there = at >= 0
@@ -165,11 +166,12 @@ def place(
 
 
 @triton.jit
-def hide(s, seen, mask, inner, table, here, T: tl.constexpr, TABLE: tl.constexpr):
-    """Scores with what is hidden at -inf."""
-    if TABLE:
-        seen = seen & (tl.load(table + mask.to(tl.int64) * (T * T) + inner, mask=here & (mask >= 0), other=1) != 0)
-    return tl.where(seen, s, float("-inf"))
+def shown(seen, mask, q_at, k_at, here, table, T: tl.constexpr):
+    """`seen`, where the masks of partly visible tiles have a bit: words of 32 keys, those of a query side by side."""
+    WORDS: tl.constexpr = (T + 31) // 32
+    word = mask.to(tl.int64) * (T * WORDS) + (q_at % T) * WORDS + (k_at % T) // 32
+    bits = tl.load(table + word, mask=here & (mask >= 0), other=-1)
+    return seen & (((bits >> (k_at % T % 32)) & 1) != 0)
 
 
 @triton.jit
@@ -218,11 +220,13 @@ def forward(
     if BIAS:
         bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     if LIST:
-        step = N // T
-        first = begin
-        whole = begin
-        end = middle
-        last = finish
+        # A step is several tiles, or a share of one.
+        SHARES: tl.constexpr = T // N if N < T else 1
+        step = N // T if N > T else 1
+        first = begin * SHARES
+        whole = begin * SHARES
+        end = middle * SHARES
+        last = finish * SHARES
     else:
         step = 1
         lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
@@ -249,7 +253,7 @@ def forward(
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step):
+        for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
             j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
@@ -269,10 +273,11 @@ def forward(
                               BIAS, SLOPES, CAP)  # fmt: skip
                 if EDGE:
                     seen = k_in[None, :]
-                    if CODE != 0:
+                    if CODE != 0 and stage == 1:
                         seen = seen & sees(q_pos[:, None], k_at[None, :], A, R, CODE)
-                    inner = (q_at[:, None] % T) * T + k_at[None, :] % T
-                    s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
+                    if TABLE and stage == 1:
+                        seen = shown(seen, mask[None, :], q_at[:, None], k_at[None, :], here, table, T)
+                    s = tl.where(seen, s, float("-inf"))
                 rise = tl.maximum(top, tl.max(s, 1))
                 level = tl.where(rise == float("-inf"), 0.0, rise)
                 p = tl.exp2(s - level[:, None])
@@ -373,11 +378,13 @@ def gradient_q(
     if D_BIAS:
         d_bias += (row.to(tl.int64) * lse_row + q_0) * bias_row + k_0
     if LIST:
-        step = N // T
-        first = begin
-        whole = begin
-        end = middle
-        last = finish
+        # A step is several tiles, or a share of one.
+        SHARES: tl.constexpr = T // N if N < T else 1
+        step = N // T if N > T else 1
+        first = begin * SHARES
+        whole = begin * SHARES
+        end = middle * SHARES
+        last = finish * SHARES
     else:
         step = 1
         lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
@@ -390,7 +397,7 @@ def gradient_q(
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step):
+        for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
             j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
             k_in = there & (k_at < n_k)
@@ -404,10 +411,11 @@ def gradient_q(
                              SLOPES, CAP)  # fmt: skip
             if EDGE:
                 seen = k_in[None, :]
-                if CODE != 0:
+                if CODE != 0 and stage == 1:
                     seen = seen & sees(q_pos[:, None], k_at[None, :], A, R, CODE)
-                inner = (q_at[:, None] % T) * T + k_at[None, :] % T
-                s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
+                if TABLE and stage == 1:
+                    seen = shown(seen, mask[None, :], q_at[:, None], k_at[None, :], here, table, T)
+                s = tl.where(seen, s, float("-inf"))
             p = tl.exp2(s - level[:, None])
             d_p = tl.dot(x_d, tl.trans(x_v), input_precision=PRECISION)
             if DROP:
@@ -476,11 +484,13 @@ def gradient_kv(
     if DROP:
         key = tl.load(seed)
     if LIST:
-        step = M // T
-        first = begin
-        whole = begin
-        end = middle
-        last = finish
+        # A step is several tiles, or a share of one.
+        SHARES: tl.constexpr = T // M if M < T else 1
+        step = M // T if M > T else 1
+        first = begin * SHARES
+        whole = begin * SHARES
+        end = middle * SHARES
+        last = finish * SHARES
     else:
         step = 1
         lo, a, z, hi = queries_met(at, tl.minimum(at + N, n_k) - 1, n_q, shift, A, R, CODE)
@@ -506,7 +516,7 @@ def gradient_kv(
             else:
                 i_0 = end if LIST else first
                 i_1 = last if LIST else last - (end - whole)
-            for i in tl.range(i_0, i_1, step):
+            for i in tl.range(i_0, i_1, step, num_stages=1 if TABLE and stage == 1 else None):
                 j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
                 q_at, there, mask = met(j, cols, ids, i_1, T, M, LIST, TABLE and stage == 1)
                 q_in = there & (q_at < n_q)
@@ -524,10 +534,11 @@ def gradient_kv(
                                  BIAS, SLOPES, CAP)  # fmt: skip
                 if EDGE:
                     seen = here
-                    if CODE != 0:
+                    if CODE != 0 and stage == 1:
                         seen = seen & sees(q_pos[None, :], k_at[:, None], A, R, CODE)
-                    inner = (q_at[None, :] % T) * T + k_at[:, None] % T
-                    s = hide(s, seen, mask[None, :], inner, table, here, T, TABLE and stage == 1)
+                    if TABLE and stage == 1:
+                        seen = shown(seen, mask[None, :], q_at[None, :], k_at[:, None], here, table, T)
+                    s = tl.where(seen, s, float("-inf"))
                 p = tl.exp2(s - level[None, :])
                 d_p = tl.dot(x_v, tl.trans(x_d), input_precision=PRECISION)
                 dropped = p

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hippodrome.patterns import Pattern
+from hippodrome.patterns import Causal, Pattern
 
 LONGEST = 64
 """Tiles that a program walks over at most, unless most rows have more: longer rows are cut into pieces."""
@@ -34,10 +34,10 @@ class Lists:
         return [self.plan, self.members, self.masks, self.joins]
 
 
-def side(pattern: Pattern) -> int:
-    """The side of the tiles in which a pattern is walked: its own where it has one, so that no tile is partly visible."""
+def side(pattern: Pattern, most: int = 128) -> int:
+    """The side of the tiles in which a pattern is walked: what divides its own, so that few tiles are partly visible."""
     own = [n for n in _sides(pattern) if n]
-    return next((size for size in SIDES if all(n % size == 0 for n in own)), SIDES[-1]) if own else 64
+    return next((size for size in SIDES if size <= most and all(n % size == 0 for n in own)), SIDES[-1]) if own else 64
 
 
 def _sides(pattern: Pattern) -> Iterator[int]:
@@ -48,9 +48,13 @@ def _sides(pattern: Pattern) -> Iterator[int]:
 
 
 @functools.lru_cache(64)
-def lists(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device) -> tuple[Lists, Lists, Tensor]:
-    """Lists over the tiles of queries and over those of keys, and the masks (n, tile, tile) of what is partly visible."""
-    rows, columns, masks, seen = [], [], [], 0
+def lists(
+    pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device
+) -> tuple[Lists, Lists, Tensor, bool]:
+    """Lists over the tiles of queries and over those of keys, and the masks of what is partly visible: int32 (n, tile, words),
+    32 keys a word. Also whether partly visible tiles hide what comes after a query and nothing else: then there are no masks.
+    """
+    rows, columns, masks, seen, triangular = [], [], [], 0, pattern.causal
     for head in range(heads if pattern.by_head else 1):
         kept = pattern.kept(n_q, n_k, tile, n_k - n_q, head)
         i = torch.arange(len(kept.rows) - 1).repeat_interleave(kept.rows.diff().long())
@@ -58,25 +62,29 @@ def lists(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: t
         number = torch.full_like(i, -1)
         partial = ~kept.whole
         if partial.any():
-            found = _masks(pattern, i[partial] * tile + n_k - n_q, j[partial] * tile, head, tile)
+            q, k = i[partial] * tile + n_k - n_q, j[partial] * tile
+            found = _masks(pattern, q, k, head, tile)
+            triangular = triangular and torch.equal(found, _masks(Causal(), q, k, head, tile))
             some, number[partial] = torch.unique(found, dim=0, return_inverse=True)
             number[partial] += seen
             masks.append(some)
             seen += len(some)
         rows.append((i, j, number))
         columns.append((j, i, number))
-    table = torch.cat(masks).to(device) if masks else torch.ones(1, tile, tile, dtype=torch.int8, device=device)
-    return _lists(rows, -(-n_q // tile), device), _lists(columns, -(-n_k // tile), device), table
+    triangular = triangular and seen > 0
+    table = torch.cat(masks) if masks and not triangular else torch.empty(0, tile, 1, dtype=torch.int32)
+    of_q, of_k = _lists(rows, -(-n_q // tile), device), _lists(columns, -(-n_k // tile), device)
+    return of_q, of_k, table.to(device), triangular
 
 
 def _masks(pattern: Pattern, q: Tensor, k: Tensor, head: int, tile: int) -> Tensor:
-    """int8 (n, tile, tile): what queries from q on see of keys from k on."""
-    at, step, parts = torch.arange(tile), max(1, (1 << 22) // tile**2), []
+    """int32 (n, tile, words): what queries from q on see of keys from k on, a bit each."""
+    at, step, parts = torch.arange(tile), max(1, (1 << 20) // tile**2), []
     for first in range(0, len(q), step):
         of = slice(first, first + step)
-        parts.append(
-            pattern.visible(torch.tensor(head), q[of, None, None] + at[:, None], k[of, None, None] + at).to(torch.int8)
-        )
+        seen = pattern.visible(torch.tensor(head), q[of, None, None] + at[:, None], k[of, None, None] + at)
+        words = (seen.long().unflatten(2, (-1, min(tile, 32))) << at[:32]).sum(3)
+        parts.append((words - (words >> 31 << 32)).int())  # the highest bit is a sign
     return torch.cat(parts)
 
 

@@ -18,6 +18,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 CAPABILITY = (8, 0)
 """Least compute capability: bf16 products and asynchronous copies."""
 WIDEST = 256
+WIDEST_FLOAT32 = 128
+"""Wider ones need more shared memory than there is."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Prefix: 4}
 """The patterns that the kernels compute as intervals: `_kernels.FULL`, ...; any other is a list of tiles."""
@@ -84,6 +86,8 @@ def unfit(
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: it takes one of {', '.join(map(str, DTYPES))} for all"
     if q.shape[3] > WIDEST:
         return f"heads are {q.shape[3]} wide: it takes up to {WIDEST}"
+    if q.dtype == torch.float32 and q.shape[3] > WIDEST_FLOAT32:
+        return f"float32 heads are {q.shape[3]} wide: it takes up to {WIDEST_FLOAT32}"
     if placed:
         return "positions are given: it computes them"
     if not q.numel() or not k.numel():
@@ -178,9 +182,13 @@ def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
     if code is not None:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
         return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
-    tile = _tiles.side(pattern)
-    of_q, of_k, table = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
-    return Call(0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [*of_q.tensors(), *of_k.tensors(), table]
+    tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
+    of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
+    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
+        *of_q.tensors(),
+        *of_k.tensors(),
+        table,
+    ]
 
 
 def _lines(t: Tensor) -> Tensor:
@@ -236,17 +244,30 @@ def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int,
     """Padded width, queries and keys of a tile, and what else a kernel is compiled with."""
     D = max(16, 1 << (q.shape[3] - 1).bit_length())
     M, N, warps, stages = BLOCKS[max(64, D)][role]
-    if q.dtype == torch.float32:
+    wide = q.dtype == torch.float32
+    if wide:
         M, N, warps, stages = min(M, 64), min(N, 32), 4, 1
     if call.code in (CODES[Window], CODES[Chunk]) and call.a <= NARROW:
         M, N, warps = min(M, 64), min(N, 64), 4
     if call.tile:
-        T = call.tile
-        M, N = (max(64, T), T) if role == 2 else (T, max(64, T))
-        warps, stages = (8, 2) if T == 128 or (D > 64 and role == 2) else (4, 3 if D <= 64 else 2)
+        M, N, warps, stages = _list_layout(role, call.tile, D, wide)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
     return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+
+
+def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages where tiles of T are listed: T of a program's own side, about 64 of the other."""
+    other, warps, stages = 64, 8 if T == 128 else 4, 3 if T < 128 and D <= 64 else 2
+    if T == 128 and (role == 0 or (role == 1 and D <= 64)):
+        other = 128
+    if role == 2 and T >= 64 and D > 64:
+        other, warps = 32, 8
+    if wide or D > 128:
+        other = 32 if wide or role else 64
+    if wide:
+        stages = 1
+    return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
 
 
 def _split(
@@ -309,7 +330,7 @@ def _flags(
     return {
         "CODE": call.code,
         "LIST": call.tile > 0,
-        "TABLE": call.tile > 0,
+        "TABLE": call.tile > 0 and len(lists[8]) > 0,
         "BIAS": bias is not None,
         "SLOPES": slopes is not None,
         "CAP": call.cap > 0,
