@@ -69,6 +69,52 @@ def test_attention_in_values_and_gradients(kind):
         assert error < 1e-6 * max(1, case[name].abs().max()), name
 
 
+def attended(call, x, case, dtype):
+    """Output over real tokens and the gradients of x and of weights, in the names of the golden file."""
+    leaves = {"x": x, **{name.removeprefix("param."): t for name, t in case.items() if name.startswith("param.")}}
+    leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in leaves.items()}
+    heads = len(case["rand.table"])
+    q, k, v = (
+        torch.nn.functional.linear(leaves["x"], leaves[f"{which}.weight"], leaves.get(f"{which}.bias"))
+        .unflatten(-1, (heads, -1))
+        .transpose(1, 2)
+        for which in ("query", "key", "value")
+    )
+    y = call(q, k, v).transpose(1, 2).flatten(2) * case["in.mask"][..., None].to(dtype)
+    (y * case["cot.y"].to(dtype)).sum().backward()
+    # Of a bias of all keys the gradient is zero, and anything is as far from it as it happens to be.
+    grads = {f"grad.param.{name}": leaf.grad for name, leaf in leaves.items() if name not in ("x", "key.bias")}
+    return {"out.y": y.detach(), "grad.x": leaves["x"].grad, **grads}
+
+
+def plainly(pattern, k_position):
+    """Attention with every step in the dtype of q, over a mask."""
+
+    def call(q, k, v):
+        heads, at = torch.arange(q.shape[1])[None, :, None, None], torch.arange(q.shape[2])
+        visible = pattern.visible(heads, at[:, None], at) & (k_position >= 0)[:, None, None]
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + pattern.count(heads, at[:, None], at).log().to(q.dtype)
+        return scores.masked_fill(~visible, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    return call
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_half_precision_is_at_most_twice_as_wrong_as_the_plain_formula(kind):
+    case = load(f"bigbird_hf_attn_{kind}")
+    x, keys = case["in.x"], keys_at(case["in.mask"])
+    pattern = pattern_of(case, SIZES[kind], x.shape[1])
+
+    def ours(q, k, v):
+        return attention.reference(q, k, v, pattern, k_position=keys)
+
+    found = attended(ours, x, case, torch.bfloat16)
+    plain = attended(plainly(pattern, keys), x, case, torch.bfloat16)
+    for name, t in found.items():
+        error, allowed = ((each.double() - case[name].double()).abs().max() for each in (t, plain[name]))
+        assert error <= 2 * allowed, name
+
+
 def test_multiplicities_are_counted():
     case = load("bigbird_hf_attn_custom_table_collisions")
     pattern = pattern_of(case, 4, 48)
