@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hippodrome.part import BadInput, Part, names, nearest
 from hippodrome.recipes import find_recipe, recipes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROOT = Path(__file__).parent
 SLOTS = {
@@ -18,6 +23,7 @@ SLOTS = {
     "lti": "linear time-invariant systems, inside mixers",
     "embeds": "inputs to vectors",
     "readouts": "vectors to what the task asks for",
+    "models": "systems that are no stack of blocks",
     "tasks": "what is learned and how it is scored",
 }
 """Folder of each slot -> what its parts do."""
@@ -49,6 +55,72 @@ def describe(name: str) -> str:
     return "\n\n\n".join(map(_describe_one, found))
 
 
+EXAMPLES = {
+    "plain": ("full", "causal", "window(size=12)"),
+    "far": ("prefix(size=16)", "global(size=6)", "strided(stride=8)"),
+    "blocks": ("chunk(size=16)", "documents(lengths=[12, 28])", "butterfly(tile=8)"),
+    "random": ("random(tile=8, per_row=2)", "bigbird(tile=8, n_random=1)", "bigbird(tile=8, n_random=1, form=encoder)"),
+    "combined": ("strided(stride=8) & causal", "window(size=12) | global(size=6)", "window(size=12) | global(size=6) & causal"),
+}
+"""Every pattern, sized for about 64 tokens: what `show pattern:all` draws, a row each."""
+
+LONGEST_PICTURE = 4096
+"""Tokens of a pattern up to which its mask is drawn: a pixel a pair."""
+
+
+def describe_pattern(text: str, *, length: int, tile: int, out: Path | None = None) -> str:
+    """Facts of a spelled pattern over `length` tokens, of its first head; `out`: a PNG of its mask and its tiles.
+
+    "all": a line for each of `EXAMPLES`, and all of them in one picture. `BadInput` where a pattern cannot be read or sized.
+    """
+    from hippodrome.patterns import spelled
+
+    if text == "all":
+        return _describe_all(length, tile, out)
+    pattern = spelled(text).sized(length, 1)
+    kept = _kept(pattern.tiles(length, length, tile), tile)
+    if out is not None:
+        _draw_patterns(out, {"": (text,)}, length, tile)
+    reach = "unbounded" if pattern.reach is None else f"{pattern.reach} keys"
+    return f"{pattern}\n\ncausal: {pattern.causal}\nreach: {reach}\nover {length} tokens: {kept}"
+
+
+def _describe_all(length: int, tile: int, out: Path | None) -> str:
+    from hippodrome.patterns import spelled
+
+    lines = []
+    for text in (text for row in EXAMPLES.values() for text in row):
+        pattern = spelled(text).sized(length, 1)
+        looks = "causal" if pattern.causal else "both ways"
+        lines.append(f"{text:<45} {looks:<10} {_kept(pattern.tiles(length, length, tile), tile)}")
+    if out is not None:
+        _draw_patterns(out, EXAMPLES, length, tile)
+    return "\n".join(lines)
+
+
+def _kept(tiles: Tensor, tile: int) -> str:
+    return f"{int(tiles.sum())} of {tiles.numel()} tiles of {tile} ({float(tiles.float().mean()):.1%})"
+
+
+def _draw_patterns(path: Path, rows: Mapping[str, Sequence[str]], length: int, tile: int) -> None:
+    """A PNG of named rows of spelled patterns: the mask of each under its spelling, and its tiles; black is seen."""
+    from hippodrome import plots
+    from hippodrome.patterns import spelled
+
+    if length > LONGEST_PICTURE:
+        raise BadInput(f"a picture of {length} x {length} pairs: take --length {LONGEST_PICTURE} or less, or leave --out away")
+    drawn: dict[str, list[tuple[str, Any]]] = {}
+    for name, texts in rows.items():
+        drawn[name] = []
+        for text in texts:
+            pattern = spelled(text).sized(length, 1)
+            tiles = pattern.tiles(length, length, tile)
+            counted = f"{int(tiles.sum())} of {tiles.numel()} tiles of {tile}"
+            for caption, seen in ((text, pattern.mask(length, length)), (counted, tiles)):
+                drawn[name].append((textwrap.fill(caption, 26), 255 - 255 * seen.int().numpy()))
+    plots.draw_images(path, drawn, f"{length} queries (down) x {length} keys")
+
+
 def _describe_one(entry: str) -> str:
     folder, _, name = entry.partition("/")
     if folder == "recipes":
@@ -59,7 +131,7 @@ def _describe_one(entry: str) -> str:
         import hippodrome.patterns
 
         pattern = next(getattr(hippodrome.patterns, each) for each in _patterns() if each.lower() == name)
-        return "\n\n".join([entry, inspect.getdoc(pattern) or "", _fields(pattern), _files([_ROOT / "patterns.py"])])
+        return "\n\n".join([entry, inspect.getdoc(pattern) or "", _fields(pattern), _files([Path(inspect.getfile(pattern))])])
     file = _file(folder, name)
     sections = [entry, ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""]
     if folder != "ops":
@@ -150,7 +222,8 @@ def _ops() -> list[str]:
 
 
 def _patterns() -> dict[str, str]:
-    """Class -> first line of its docstring, of every pattern."""
-    body = ast.parse((_ROOT / "patterns.py").read_text(encoding="utf-8")).body
-    classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Pattern"]
-    return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in classes}
+    """Class -> first line of its docstring, of every pattern, what combines them included."""
+    from hippodrome.patterns import And, Or, kinds
+
+    classes = [*kinds().values(), And, Or]
+    return {kind.__name__: (inspect.getdoc(kind) or "").partition("\n")[0] for kind in classes}

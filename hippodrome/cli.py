@@ -98,8 +98,11 @@ def eval_(
     split: Split = "test",
     batch_size: int | None = None,
     max_batches: int | None = None,
+    latents: int | None = None,
+    stride: int | None = None,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    by_position: bool = False,
 ) -> None:
     """Score a trained model on held-out data; the scores are printed and written to RUN/eval.json.
 
@@ -108,14 +111,19 @@ def eval_(
         split: Which data to score on.
         batch_size: Rows scored at once; by default as in training.
         max_batches: Score only so many batches; by default all.
+        latents: Of Perceiver AR: latents a pass; by default as configured.
+        stride: Of Perceiver AR: new tokens scored a pass; by default as configured, or half of the latents given.
         device: auto, cpu, cuda, cuda:1 and so on.
         precision: fp32, or autocast to bf16 or fp16.
+        by_position: Of a text, also bits per byte by position in the document, in fp32: positions.json and positions.png.
     """
     from hippodrome.checkpoint import load
     from hippodrome.evaluate import evaluate
     from hippodrome.run import provenance, read_config, write_json
 
     model = load(run, device=device)
+    if latents is not None or stride is not None:
+        model.score_with(latents, stride)
     config = read_config(run)
     task: Task = config.task.build()
     size = config.train.batch_size if batch_size is None else batch_size
@@ -123,8 +131,20 @@ def eval_(
     where = next(model.parameters()).device
     floors = dict(task.floors())
     facts = {"split": split, "scores": scores, "headline": task.headline, "floors": floors, "max_batches": max_batches}
+    if model.protocol is not None:
+        print(f"protocol: {model.protocol}")
+        facts["protocol"] = model.protocol
     write_json(run / "eval.json", facts | {"provenance": provenance(None, where)})
     _print_scores({split: scores}, task.headline, floors)
+    if by_position:
+        from hippodrome import by_position as positions
+
+        entries = positions.by_position(model, task, split)
+        write_json(run / "positions.json", {"split": split, "positions": entries, "provenance": provenance(None, where)})
+        positions.draw_positions(run / "positions.png", entries, run.name)
+        for entry in entries:
+            span = f"{entry['first']:>9,} to {entry['stop']:>9,}"
+            print(f"{span}: {entry['bits_per_byte']} bits per byte, {entry['tokens']:,} tokens")
 
 
 def compare(
@@ -225,6 +245,8 @@ def bench(
     state_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     mode: Literal["eager", "blocks", "whole", "graph"] | None = None,
     checkpointing: bool = False,
+    tiles: tuple[int, ...] | None = None,
+    longest: bool = False,
     ways: tuple[str, ...] = (),
     repeats: int | None = None,
     device: str = "auto",
@@ -237,7 +259,8 @@ def bench(
     A flag that is not given is the subject's own choice for the device; one that it does not know is refused.
 
     Args:
-        subject: diagonal_ssm, long_conv, h3, linear_attention, scan, train, generate, state or lra.
+        subject: diagonal_ssm, long_conv, h3, linear_attention, scan, attention, block_sparse, train, attention_train, generate,
+            state or lra.
         lengths: Tokens of a row, of a prompt, or before a step.
         tokens: Tokens of a batch, kept at every length.
         batch: Rows, instead of as many as make the tokens.
@@ -245,14 +268,16 @@ def bench(
         layers: Blocks of a model.
         modes: Complex modes of a channel; of the models of `state`, states.
         taps: Taps of a short or long kernel; of long_conv by default as many as tokens.
-        head_dim: Channels of a head of H3 or of linear attention.
+        head_dim: Channels of a head of H3, of linear attention or of attention.
         vocabulary: Ids of a language model.
         new_tokens: Tokens generated after a prompt.
-        bidirectional: Classifiers of lra that look both ways.
+        bidirectional: Classifiers of lra, and patterns of block_sparse, that look both ways.
         dtype: fp32, or inputs (of models: autocast) in bf16 or fp16.
         state_dtype: How generation stores H3's states between steps.
         mode: How models run: eager, torch.compile of their blocks or of the whole, or one CUDA graph a step.
         checkpointing: Train with activation checkpointing.
+        tiles: Sides of the tiles of block-sparse patterns.
+        longest: Of attention_train: double the context until memory is short.
         ways: Time only those with one of these words in their names.
         repeats: Calls that are timed, of which the median counts; by default as many as fit a budget.
         device: auto, cpu, cuda, cuda:1 and so on.
@@ -270,8 +295,8 @@ def bench(
         return
     settings: dict[str, Any] = {"lengths": lengths, "tokens": tokens, "batch": batch, "channels": channels, "layers": layers}
     settings |= {"modes": modes, "taps": taps, "head_dim": head_dim, "vocabulary": vocabulary, "new_tokens": new_tokens}
-    settings |= {"dtype": dtype, "state_dtype": state_dtype, "mode": mode}
-    settings |= {"bidirectional": bidirectional or None, "checkpointing": checkpointing or None}
+    settings |= {"dtype": dtype, "state_dtype": state_dtype, "mode": mode, "tiles": tiles}
+    settings |= {"bidirectional": bidirectional or None, "checkpointing": checkpointing or None, "longest": longest or None}
     report = timing.bench(subject, where, out=out, seed=seed, repeats=repeats, ways=ways, progress=_say, **settings)
     _print_table(*timing.table(report))
     for line in timing.ratio_lines(report):
@@ -293,15 +318,22 @@ def list_() -> None:
     print(catalog.overview())
 
 
-def show(name: Name) -> None:
+def show(name: Name, *, out: Path | None = None, length: int = 256, tile: int = 16) -> None:
     """One part or recipe: its equation, its files, its fields and their defaults, the recipes that use it.
 
     Args:
-        name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3).
+        name: A name that `hippodrome list` shows, alone (h3) or with its folder (mixers/h3); or a pattern as
+            "pattern:window(size=64) | global(size=16)"; pattern:all is an example of every one.
+        out: Where a pattern's picture goes: its mask and its tiles.
+        length: Tokens of a pattern.
+        tile: Tokens of the tiles that are counted.
     """
     from hippodrome import catalog
 
-    print(catalog.describe(name))
+    if name.startswith("pattern:"):
+        print(catalog.describe_pattern(name.removeprefix("pattern:"), length=length, tile=tile, out=out))
+    else:
+        print(catalog.describe(name))
 
 
 def convert(

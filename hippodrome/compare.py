@@ -85,7 +85,7 @@ def compare(
     for (name, seed), (run, config) in zip(order, planned.items(), strict=True):
         report = _train(config, run, f"{name} seed {seed}" if seeds > 1 else name, display)
         runs[name].append({"folder": run.name, **report})
-    results = {name: _summary(reports) for name, reports in runs.items()}
+    results = {name: _summary(folder, reports) for name, reports in runs.items()}
     if contexts:
         for name in recipes:
             results[name]["generation"] = time_contexts(folder / runs[name][0]["folder"], contexts, new_tokens)
@@ -202,19 +202,25 @@ def print_table(report: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(score for row in results.values() for score in row["scores"]))
     names.sort(key=lambda name: (name != report["headline"], name))
     table = Table("recipe", "parameters", title=f"test scores, {report['seeds']} seed{'s' if report['seeds'] > 1 else ''}")
+    measured = any(row.get("peak_bytes") for row in results.values())
     rows = report.get("row_name") or ""
-    for name in [*(name.replace("_", " ") for name in names), f"{rows or 'tokens'}/s"]:
+    speeds = [f"{rows or 'tokens'}/s", *(["peak memory"] if measured else [])]
+    for name in [*(name.replace("_", " ") for name in names), *speeds]:
         table.add_column(name, justify="right")
     for name, row in results.items():
         scores = [_plus_minus(row["scores"][score]) if score in row["scores"] else "" for score in names]
         speed = row["rows_per_s" if rows else "tokens_per_s"]
-        table.add_row(name, f"{row['parameters']:,}", *scores, f"{speed:,.0f}")
+        table.add_row(name, f"{row['parameters']:,}", *scores, f"{speed:,.0f}", *_memory(row))
     for name, value in report["floors"].items():
         table.add_row(f"({name})", "", f"{value:.4f}", *[""] * len(names), style="dim")
     console = Console()
     console.print(table)
     if any("generation" in row for row in results.values()):
         console.print(_generation_table(results))
+
+
+def _memory(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['peak_bytes'] / 1e9:.2f} GB"] if row.get("peak_bytes") else []
 
 
 def _generation_table(results: Mapping[str, Any]) -> Any:
@@ -271,8 +277,13 @@ def _train(config: RunConfig, run: Path, title: str, display: Display | None) ->
         return train(config, run, resume=resume, watch=watch)
 
 
-def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Test scores over the seeds: mean, sample standard deviation (None for one seed) and each."""
+def _summary(folder: Path, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Test scores over the seeds: mean, sample standard deviation (None for one seed) and each; and what training cost.
+
+    steady_tokens_per_s: the median of the logged steps, which what is compiled first does not weigh on. peak_bytes: of the
+    GPU's memory, of the seed that held the most; None on a CPU.
+    """
+    peaks = [report["peak_bytes"] for report in reports if report.get("peak_bytes") is not None]
     scores = {}
     for name in reports[0]["scores"]["test"]:
         values = [report["scores"]["test"][name] for report in reports]
@@ -283,11 +294,17 @@ def _summary(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens": reports[0]["tokens"],
         "seconds": statistics.fmean(report["seconds"] for report in reports),
         "tokens_per_s": statistics.fmean(report["tokens"] / report["seconds"] for report in reports),
+        "steady_tokens_per_s": statistics.fmean(_steady(folder / report["folder"]) for report in reports),
+        "peak_bytes": max(peaks, default=None),
         # A run that was finished before rows were counted has none.
         "rows_per_s": statistics.fmean(report.get("rows", 0) / report["seconds"] for report in reports),
         "scores": scores,
         "runs": [report["folder"] for report in reports],
     }
+
+
+def _steady(run: Path) -> float:
+    return statistics.median(line["tokens_per_s"] for line in read_metrics(run))
 
 
 def _draw(folder: Path, report: Mapping[str, Any]) -> None:

@@ -157,7 +157,7 @@ def grids(layout: Layout, image_size: Sequence[int]) -> tuple[tuple[int, int], t
     old = new if math.prod(new) == layout.positions else square
     if old is None:
         raise BadInput(
-            f"{layout.positions} positions are no square of patches and no {new[0]} x {new[1]}: only a square is resized"
+            f"{layout.positions} positions are no square of patches, nor {new[0]} x {new[1]}: only a square is resized"
         )
     return old, new
 

@@ -86,3 +86,16 @@ def barrier() -> None:
     """Wait until every process is here."""
     if world() > 1:
         dist.barrier()
+
+
+def watch_memory(device: torch.device) -> int:
+    """Begin to watch the device's memory for `peak_memory`. Returns the bytes that are held now; 0 off GPUs."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held at once since `watch_memory`; None off GPUs."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

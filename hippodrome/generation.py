@@ -370,8 +370,10 @@ def _with_graph(model: Model, wanted: bool | None) -> bool:
     on_cuda = next(model.parameters()).device.type == "cuda"
     if wanted and not on_cuda:
         raise BadInput("cuda_graph is asked for, but the model is not on a CUDA device")
+    if wanted and not model.one_graph:
+        raise BadInput(f"cuda_graph is asked for, but the steps of {type(model).__name__} are not all alike")
     # Autocast would cast every weight again in each replay.
-    return on_cuda and not torch.is_autocast_enabled("cuda") if wanted is None else wanted
+    return on_cuda and model.one_graph and not torch.is_autocast_enabled("cuda") if wanted is None else wanted
 
 
 def _prefill(model: Model, prompts: list[list[int]], room: int, chunk: int) -> tuple[Tensor, ModelState]:

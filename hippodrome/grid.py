@@ -1,13 +1,14 @@
 """Race recipes once for every value of one of their flags: a table of recipes by values, such as systems by tasks.
 
 FOLDER/report.json      the table's numbers, with provenance
+       curves.png       where the values are numbers: score, tokens a second and memory by value
        VALUE/           the comparison under each value, see `compare`
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,51 @@ def grid(
         "seeds": seeds,
         "headlines": {value: each["headline"] for value, each in reports.items()},
         "results": {name: headlines(name) for name in first["results"]},
+        "costs": {name: {value: _cost(each["results"][name]) for value, each in reports.items()} for name in first["results"]},
         "floors": {value: each["floors"] for value, each in reports.items()},
         "provenance": first["provenance"],
     }
     write_json(folder / "report.json", report)
+    _draw(folder / "curves.png", report)
     return report
+
+
+def _cost(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in ("parameters", "steady_tokens_per_s", "peak_bytes")}
+
+
+def _draw(path: Path, report: Mapping[str, Any]) -> None:
+    """Panels by the value, where there are several and all are numbers."""
+    from hippodrome import plots
+
+    values = list(report["headlines"])
+    if len(values) < 2 or not all(re.fullmatch(r"\d+(\.\d+)?", value) for value in values):
+        return
+    values.sort(key=float)
+    x, called = [float(value) for value in values], _called(report["results"])
+
+    def panel(title: str, y: str, of: Callable[[str, str], float | None], **how: bool) -> plots.Panel | None:
+        points = {called[name]: [of(name, value) for value in values] for name in report["results"]}
+        if any(point is None for row in points.values() for point in row):
+            return None
+        curves: dict[str, list[plots.Curve]] = {name: [(x, [point or 0.0 for point in row])] for name, row in points.items()}
+        return plots.Panel(title=title, x=report["over"], y=y, curves=curves, log_x=True, markers=True, **how)
+
+    results, costs = report["results"], report["costs"]
+    score = " or ".join(dict.fromkeys(name.replace("_", " ") for name in report["headlines"].values()))
+    drawn = [
+        panel("quality on the test split", score, lambda name, value: results[name][value]["mean"]),
+        panel("training", "tokens a second", lambda name, value: costs[name][value]["steady_tokens_per_s"], log_y=True),
+        panel("memory", "bytes at the peak", lambda name, value: costs[name][value]["peak_bytes"], log_y=True),
+    ]
+    plots.draw(path, [each for each in drawn if each is not None], f"{', '.join(called.values())}: equal tokens")
+
+
+def _called(names: Iterable[str]) -> dict[str, str]:
+    """Name -> what a table calls it: where all are one recipe with one word chosen, the word."""
+    parts = {name: name.rpartition("=") for name in names}
+    alike = len({head for head, _, _ in parts.values()}) == 1
+    return {name: word if alike and sign else name for name, (_, sign, word) in parts.items()}
 
 
 def print_grid(report: Mapping[str, Any]) -> None:
@@ -68,10 +109,21 @@ def print_grid(report: Mapping[str, Any]) -> None:
     scores = ", ".join(dict.fromkeys(name.replace("_", " ") for name in report["headlines"].values()))
     table = Table(report["over"], title=f"{scores} on the test split, seeds: {report['seeds']}")
     known = list(dict.fromkeys(name for each in floors.values() for name in each))
-    for name in (*results, *(f"({name})" for name in known)):
+    called = _called(results)
+    for name in (*called.values(), *(f"({name})" for name in known)):
         table.add_column(name, justify="right")
     for value in report["headlines"]:
         cells = [f"{row[value]['mean']:.4f}" for row in results.values()]
         cells += [f"{floors[value][name]:.4f}" if name in floors[value] else "" for name in known]
         table.add_row(value, *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for key, title, unit in (("steady_tokens_per_s", "tokens a second", 1.0), ("peak_bytes", "GB at the peak", 1e-9)):
+        costs = report.get("costs", {})
+        if costs and all(cell[key] is not None for row in costs.values() for cell in row.values()):
+            table = Table(report["over"], title=title)
+            for name in called.values():
+                table.add_column(name, justify="right")
+            for value in report["headlines"]:
+                table.add_row(value, *(f"{unit * row[value][key]:,.{0 if unit == 1 else 2}f}" for row in costs.values()))
+            console.print(table)

@@ -240,6 +240,9 @@ class Loss:
 class Model(nn.Module):
     """Embedding, blocks, final norm, readout."""
 
+    one_graph: ClassVar[bool] = True
+    """Whether a step is the same launches every time, so that one CUDA graph can replay it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -260,6 +263,15 @@ class Model(nn.Module):
     def causal(self) -> bool:
         """Whether every mixer is causal and the embedding takes chunks, that is whether the model can remember and generate."""
         return self.embed.streams and all(block.mixer.causal for block in self._stack)
+
+    @property
+    def protocol(self) -> str | None:
+        """What a score must be told with, where the logits depend on more than the tokens before; None: on nothing else."""
+        return None
+
+    def score_with(self, latents: int | None = None, stride: int | None = None) -> None:
+        """Change the protocol; None: as it is. Raises `BadInput` where there is none."""
+        raise BadInput(f"latents and stride are Perceiver AR's: the logits of a {type(self).__name__} depend on neither")
 
     def forward(self, inputs: Tensor, state: ModelState | None = None, *, lengths: Tensor | None = None) -> Output:
         """Logits of ids (B, L) or signals (B, L, C), continuing from `state` if one is given.
@@ -316,20 +328,30 @@ class Model(nn.Module):
         if lengths is not None and lengths.dim() == 2:
             aligned, undo = _left_align(inputs, lengths)
             counts = lengths[:, 1] - lengths[:, 0]
-        x = self.embed(aligned, None if state is None else state.position)
+        hidden, state, aux = self._read(aligned, state, counts)
+        return hidden if undo is None else undo(hidden), state, aux, lengths
+
+    def _read(self, inputs: Tensor, state: ModelState | None, counts: Tensor | None) -> tuple[Tensor, ModelState | None, Aux]:
+        """Final hidden vectors, state and extras of inputs padded on the right, `counts` (B,) of a row real."""
+        x = self.embed(inputs, None if state is None else state.position)
+        x, after, aux = self._stacked(x, None if state is None else state.blocks, counts)
+        if state is not None:
+            seen = inputs.shape[1] if counts is None else counts
+            state = ModelState(state.position + seen, after)
+        return self.final_norm(x), state, aux
+
+    def _stacked(
+        self, x: Tensor, states: tuple[State, ...] | None, counts: Tensor | None
+    ) -> tuple[Tensor, tuple[Any, ...], Aux]:
+        """Vectors through all blocks, the blocks' states after them, and extras."""
         after: list[Any] = []
         aux: dict[str, Tensor] = {}
         for i, block in enumerate(self._stack):
-            before = None if state is None else state.blocks[i]
-            x, block_state, extras = self._block(block, x, before, counts)
+            x, block_state, extras = self._block(block, x, None if states is None else states[i], counts)
             after.append(block_state)
             for name, value in extras.items():
                 aux[name] = aux[name] + value if name in aux else value
-        if state is not None:
-            seen = inputs.shape[1] if counts is None else counts
-            state = ModelState(state.position + seen, tuple(after))
-        hidden = self.final_norm(x)
-        return hidden if undo is None else undo(hidden), state, aux, lengths
+        return x, tuple(after), aux
 
     def _block(
         self, block: nn.Module, x: Tensor, state: State | None, lengths: Tensor | None
@@ -357,6 +379,21 @@ class Model(nn.Module):
         for module in self.modules():
             if (own := getattr(module, "init_weights", None)) is not None:
                 own()
+
+
+class WholeModel(Part, Model, folder="models"):
+    """A system that is no stack of blocks. It keeps what `Model` promises, builds itself, and is trained, saved, scored and
+    sampled from like any other. Built as `config.build()`.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Part.Config, ModelConfig):
+        """As of a stack: what is compared at equal parameters has the `d_ff` of its blocks changed."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.activation_checkpointing = False
 
 
 class ModelStepper:

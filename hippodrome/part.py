@@ -155,6 +155,10 @@ def _dataclass_from(kind: Any, data: Any, where: str) -> Any:
         kind = _part_config(kind, fields.pop("part", None), where)
     elif issubclass(kind, Choice):
         kind = _choice(kind, fields.pop("choice", None), where)
+    elif "part" in fields:
+        # A slot may stand for a plain config, as a whole model for that of a stack of blocks.
+        slots = [slot.Config for slot in Part.__subclasses__() if issubclass(slot.Config, kind)]
+        kind = _part_config(slots[0], fields.pop("part"), where) if slots else kind
     known = {field.name for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:

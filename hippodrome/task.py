@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,6 +91,14 @@ class Task(Part, folder="tasks"):
         Printed beside every score, so that nobody takes a floor for an achievement. None by default.
         """
         return {}
+
+    def whole_texts(self, split: Split) -> Iterator[Tensor]:
+        """Of a text: each document of a split, ids (n,) int64 of which all but the first are targets."""
+        raise BadInput(f"the task {type(self).__name__} is no text: it has no documents")
+
+    def bytes_of(self, ids: Tensor) -> Tensor:
+        """Of a text: the bytes that each id stands for, int64."""
+        raise BadInput(f"the task {type(self).__name__} is no text: its ids stand for no bytes")
 
     def save(self, folder: Path) -> None:
         """Write what a run needs to be used without the data (a tokenizer). Nothing by default."""

@@ -96,6 +96,7 @@ def train(
             task.save(folder)
 
         valid: dict[str, float] | None = None
+        held = devices.watch_memory(device)
         first, clock = done, time.perf_counter()
         unread: list[tuple[Tensor, Tensor]] = []
         model.train()
@@ -137,6 +138,7 @@ def train(
                 devices.barrier()
             first, clock = done, time.perf_counter()
 
+        peak = devices.peak_memory(device)
         scores = {"valid": _scores(model, task, "valid", settings, whole=True) if valid is None else valid}
         scores["test"] = _scores(model, task, "test", settings, whole=True)
         report = {
@@ -146,6 +148,8 @@ def train(
             "steps": done,
             "tokens": tokens,
             "seconds": seconds,
+            "peak_bytes": None if peak is None else peak - held,
+            "protocol": model.protocol,
             "rows": settings.batch_size * done,
             "row_name": task.row_name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

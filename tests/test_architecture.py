@@ -22,11 +22,11 @@ PACKAGE = Path(hippodrome.__file__).parent
 TESTS = Path(__file__).parent
 
 FLOORS = (
-    "part state patterns task files documents tokenizer data devices metrics flags plots",
+    "part state patterns positions task files documents tokenizer data devices metrics flags plots",
     "ops norms inits model tasks",
     "run",
     "lti embeds readouts checkpoint",
-    "mixers channels cuda_graph optim step train generation evaluate parity progress",
+    "mixers channels models cuda_graph optim step train generation evaluate by_position parity progress",
     "recipes compare grid catalog convert convert_vit doctor verify bench",
     "demo cli __main__",
 )
@@ -177,7 +177,7 @@ def test_importing_every_part_brings_no_tool():
 
 def test_every_folder_of_parts_has_a_slot():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.glob("*.py"))}
-    assert folders - {"ops", "recipes", "bench", "export", "models"} == set(SLOTS)
+    assert folders - {"ops", "recipes", "bench", "export", "patterns"} == set(SLOTS)
 
 
 @pytest.mark.parametrize("name", parts())

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hippodrome.cli import VERBS
+from hippodrome.patterns import kinds
 from hippodrome.recipes import recipes
 from hippodrome.tasks.lm import Lm
 from tests.commands import TINY, run, write_text
@@ -125,6 +126,24 @@ def test_show_a_mixer_gives_equation_defaults_and_recipes():
     assert "shift(k)" in out
     assert "d_state: int = 64" in out
     assert "recipes that use it: h3, h3.pure" in out
+
+
+def test_show_a_pattern_gives_facts_and_a_picture(tmp_path):
+    picture = tmp_path / "window.png"
+    result = run("show", "pattern:window(size=8) | Global(size=4) & causal", "--length", 32, "--tile", 8, "--out", picture)
+    assert result.code == 0, result.err
+    assert "causal: True\nreach: unbounded\nover 32 tokens: 9 of 16 tiles of 8 (56.2%)" in result.out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "reach: 8 keys" in run("show", "pattern:window(size=8)").out
+
+
+def test_show_all_patterns_draws_each(tmp_path):
+    picture = tmp_path / "patterns.png"
+    result = run("show", "pattern:all", "--length", 64, "--tile", 8, "--out", picture)
+    assert result.code == 0, result.err
+    for name in kinds():
+        assert re.search(rf"^{name}\b.* of 64 tiles of 8", result.out, re.MULTILINE)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_parity_of_a_mixer_and_of_a_run(trained):

@@ -82,3 +82,22 @@ def test_values_that_share_a_folder_are_refused(tmp_path):
         grid("text", {"a/b": race, "a-b": race}, tmp_path)
     with pytest.raises(BadInput, match="none"):
         grid("text", {}, tmp_path)
+
+
+def test_what_each_cell_cost_and_a_picture_over_numbers(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    words = ["long_text+system=full", "long_text+system=window", "--over", "length", 32, 64, "--text", text, "--window", 8]
+    budget = ["--tokens", 256, "--step-tokens", 128, "--d-model", 16, "--n-layer", 1, "--device", "cpu"]
+    result = run("grid", *words, *budget, "--out", tmp_path / "grid")
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "grid" / "report.json").read_text())
+    for name in report["results"]:
+        for length in ("32", "64"):
+            cost = report["costs"][name][length]
+            assert cost["steady_tokens_per_s"] > 0
+            assert cost["peak_bytes"] is None
+    assert "full" in result.out
+    assert "system=" not in result.out
+    assert "tokens a second" in result.out
+    assert (tmp_path / "grid" / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -62,14 +62,15 @@ def attention_ways(bench: Bench) -> dict[str, Callable[[Tensor, Tensor, Tensor],
         return {"SDPA": sdpa()}
     ways = {"SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION)}
     if installed("flash_attn"):
-        ways["flash-attn"] = _flash_attn
+        ways["flash-attn"] = flash_attention
     return ways
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """flash-attn's, over (B, heads, L, width)."""
     from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
-    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
 
 
 def last_token_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

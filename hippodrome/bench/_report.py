@@ -134,6 +134,8 @@ def draw(report: Report, path: Path) -> None:
         figure.savefig(beside, format="png")
 
 
+_COLUMNS = 6
+"""Ways that a printed table has columns for."""
 _IN_WORDS = {"head_dim": "channels a head", "vocabulary": "ids", "new_tokens": "new tokens", "bidirectional": "both directions"}
 
 
@@ -202,17 +204,26 @@ def _short(length: int) -> str:
 
 
 def table(report: Report) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Heads and cells of what is printed: a line a task, batch and length, a column a way."""
+    """Heads and cells of what is printed: a line a task, batch and length and a column a way; of many ways a line each."""
     ways = list(dict.fromkeys(row.way for row in report.rows))
+    if len(ways) > _COLUMNS:
+        tasks = list(dict.fromkeys(row.task for row in report.rows))
+        lines = sorted(report.rows, key=lambda row: (tasks.index(row.task), row.length))
+        found = [(row.task, f"{row.batch} x {row.length:,}", row.way, _figure(row), _peak(row)) for row in lines]
+        return ("task", "batch x length", "way", "found", "peak memory"), found
     places = dict.fromkeys((row.task, row.length) for row in report.rows)
     cells = []
     for task, length in places:
         here = [row for row in report.rows if (row.task, row.length) == (task, length)]
         for batches in _batches(here):
-            found = {row.way: _figure(row) for row in here if row.batch in batches}
+            figures = {row.way: _figure(row) for row in here if row.batch in batches}
             size = f"{'/'.join(map(str, sorted(batches, reverse=True)))} x {length:,}"
-            cells.append((task, size, *(found.get(way, "") for way in ways)))
+            cells.append((task, size, *(figures.get(way, "") for way in ways)))
     return ("task", "batch x length", *ways), cells
+
+
+def _peak(row: Row) -> str:
+    return f"{row.peak_bytes / 1e9:.2f} GB" if row.ms and row.peak_bytes else ""
 
 
 def _batches(rows: Sequence[Row]) -> list[set[int]]:
@@ -226,7 +237,9 @@ def _batches(rows: Sequence[Row]) -> list[set[int]]:
 def _figure(row: Row) -> str:
     if row.ms is None:
         return row.error or ""
-    return f"{row.more['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row.more else f"{row.ms:.3g} ms"
+    if "tokens_per_s" in row.more:
+        return f"{row.more['tokens_per_s']:,.0f} tokens/s"
+    return f"{row.ms:.3g} ms" + (f", {row.more['tflop_per_s']:.3g} TFLOP/s" if "tflop_per_s" in row.more else "")
 
 
 def ratio_lines(report: Report) -> Iterator[str]:

@@ -15,7 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hippodrome.bench._measure import Bench, Differs, Row
 from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.gss import GSS
 from hippodrome.mixers.h3 import H3
+from hippodrome.mixers.mega import Mega
+from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import Block, Model, ModelConfig
 from hippodrome.optim import build_optimizer
@@ -106,7 +109,7 @@ def model_flops(model: Model, length: int) -> int:
     """FLOPs a token of a training step, without recomputation: 6 a weight of every matrix that a token meets, and the mixing.
 
     A token meets half of the keys of a causal attention, or all of them: 2 products forward and 4 backward. A state space
-    counts as state passing in chunks of 64, three times.
+    counts as state passing in chunks of 64, S5 as its maps into and out of the states, three times.
     """
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if isinstance(model.readout, Lm) and model.readout.linear is None:
@@ -122,6 +125,14 @@ def _mixing_flops(mixer: nn.Module, length: int) -> int:
         return 3 * mixer.q_proj.in_features * (2 * 2 * 64 + mixer.head_dim * ssm)
     if isinstance(mixer, SSM):
         return 3 * mixer.output_linear.in_features * ssm * (2 if mixer.backward_system is not None else 1)
+    if isinstance(mixer, GSS):
+        return 3 * mixer.v_proj.out_features * ssm
+    if isinstance(mixer, S5):
+        return 3 * 2 * (mixer.system.B.numel() + mixer.system.C.numel())
+    if isinstance(mixer, Mega):
+        keys = min(length, mixer.config.chunk or length) / (2 if mixer.causal else 1)
+        averages = 3 * mixer.out_proj.out_features * ssm * (1 if mixer.causal else 2)
+        return int(6 * keys * (mixer.scale.shape[-1] + mixer.out_proj.in_features)) + averages
     return 0
 
 

@@ -1,15 +1,16 @@
-"""lra: a training step of a sequence classifier, S4D beside a Transformer: the H3 paper's speed claim on the Long Range Arena.
+"""lra: a training step of a sequence classifier, state spaces beside a Transformer: speed claims on the Long Range Arena.
 
-Six blocks of width 256 over signals, mean pooling, ten classes, AdamW. The S4D block is S4's on that benchmark: the system, a
-GELU and a GLU, no MLP. The Transformer has 4 heads that see the whole row, and MLPs of four times the width; once with plain
-attention (product, softmax, product: what the paper compared to) and once with the fastest at hand. One more S4D has the
-Transformer's MLPs. All in the same precision and mode; the batch is halved where memory is short, and ratios are of tokens a
-second.
+Six blocks of width 256 over signals, mean pooling, ten classes, AdamW. Blocks of S4D, S4, S5, DLR and GSS are their authors' on
+that benchmark or in their papers: the system, a gate, no MLP. The Transformer has 4 heads that see the whole row, and MLPs of
+four times the width; once with plain attention (product, softmax, product: what the papers compared to) and once with the
+fastest at hand. One more S4D has the Transformer's MLPs. Mega has its own of twice the width, and attention over all or within
+chunks. All in the same precision and mode; the batch is halved where memory is short, and ratios are of tokens a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -19,8 +20,14 @@ from hippodrome.bench._steps import Mode, fast_attention, model_flops, plain_att
 from hippodrome.bench._targets import Ratio, ratios
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.signal import Signal
+from hippodrome.lti._base import LTI
+from hippodrome.lti.dlr import DLR
+from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.gss import GSS
+from hippodrome.mixers.mega import Mega
+from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, ModelConfig
 from hippodrome.part import BadInput
@@ -30,9 +37,11 @@ from hippodrome.task import Batch
 
 STATE, STATE_MLP = "S4D", "S4D and MLPs"
 PLAIN, FAST = "Transformer, plain attention", "Transformer, SDPA"
-WAYS = (STATE, STATE_MLP, PLAIN, FAST)
+MEGA, MEGA_CHUNK = "Mega", "Mega, chunks of 128"
+SYSTEMS = (STATE, STATE_MLP, "S4", "S5", "DLR", "GSS", MEGA_CHUNK, MEGA)
+WAYS = (*SYSTEMS, PLAIN, FAST)
 TASK = "training step"
-CLASSES, HEADS = 10, 4
+CLASSES, HEADS, CHUNK = 10, 4, 128
 TARGET = 5.8
 
 GPU_LENGTHS, CPU_LENGTHS = (1024, 2048, 4096, 16384), (128, 256)
@@ -59,11 +68,10 @@ def rows(
     dtype, mode = dtype or ("bf16" if gpu else "fp32"), mode or ("graph" if gpu else "eager")
     if channels % HEADS:
         raise BadInput(f"channels is {channels}: it must be a multiple of {HEADS}, the number of attention heads")
-    models = _models(channels, layers, modes, bidirectional)
     sizes = {"channels": channels, "layers": layers, "modes": modes, "bidirectional": int(bidirectional)}
     chosen = lengths or (GPU_LENGTHS if gpu else CPU_LENGTHS)
     for count, length in grid(bench, chosen, batch, tokens or (GPU_TOKENS if gpu else CPU_TOKENS), ()):
-        for way, config in models.items():
+        for way, config in _models(channels, layers, modes, bidirectional, length).items():
             if not bench.wants(way):
                 continue
             row = Row(way=way, task=TASK, length=length, batch=count, sizes=sizes, dtype=dtype)
@@ -78,15 +86,29 @@ def rows(
                 )
 
 
-def _models(channels: int, layers: int, modes: int, bidirectional: bool) -> dict[str, ModelConfig]:
-    state = SSM.Config(system=S4D.Config(d_state=2 * modes), bidirectional=bidirectional)
+def _models(channels: int, layers: int, modes: int, bidirectional: bool, length: int) -> dict[str, ModelConfig]:
+    """Way -> its model. GSS looks one way only and is left out where all look both ways."""
+
+    def system(config: LTI.Config) -> SSM.Config:
+        return SSM.Config(system=config, bidirectional=bidirectional)
+
+    state = system(S4D.Config(d_state=2 * modes))
     attention = Attention.Config(n_head=HEADS, pattern=Full())
+    mega, wide = Mega.Config(bidirectional=bidirectional), Mlp.Config(d_ff=2 * channels, activation="silu")
     blocks = {
         STATE: BlockConfig(mixer=state),
         STATE_MLP: BlockConfig(mixer=state, channel=Mlp.Config()),
+        "S4": BlockConfig(mixer=system(S4.Config(d_state=2 * modes, length=length))),
+        "S5": BlockConfig(mixer=S5.Config(d_state=2 * modes, bidirectional=bidirectional)),
+        "DLR": BlockConfig(mixer=system(DLR.Config(d_state=2 * modes))),
+        "GSS": BlockConfig(mixer=GSS.Config()),
+        MEGA_CHUNK: BlockConfig(mixer=replace(mega, chunk=CHUNK), channel=wide),
+        MEGA: BlockConfig(mixer=mega, channel=wide),
         PLAIN: BlockConfig(mixer=attention, channel=Mlp.Config()),
         FAST: BlockConfig(mixer=attention, channel=Mlp.Config()),
     }
+    if bidirectional:
+        del blocks["GSS"]
     return {
         way: ModelConfig(
             d_model=channels, blocks=(block,) * layers, embed=Signal.Config(), readout=Pool.Config(classes=CLASSES)
@@ -102,7 +124,7 @@ def _random(bench: Bench, size: int, length: int) -> Batch:
 def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:
     """Steps a token over the Transformers', and their mean over the lengths."""
     for way in (PLAIN, FAST):
-        for state in (STATE, STATE_MLP):
+        for state in SYSTEMS:
             what = f"{state}: tokens/s over those of the {way}"
             found = list(ratios(rows_, way, state, what, "at least"))
             yield from found

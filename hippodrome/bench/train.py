@@ -54,9 +54,9 @@ def rows(
     vocabulary, dtype = vocabulary or (VOCABULARY if gpu else 256), dtype or ("bf16" if gpu else "fp32")
     sizes = {"channels": channels, "layers": layers, "head_dim": head_dim, "vocabulary": vocabulary}
     chosen, mode = lengths or (GPU_LENGTHS if gpu else CPU_LENGTHS), mode or ("blocks" if gpu else "eager")
-    models = _models(channels, layers, head_dim, vocabulary)
+    models_ = models(channels, layers, head_dim, vocabulary)
     for count, length in grid(bench, chosen, batch, tokens or (GPU_TOKENS if gpu else CPU_TOKENS), ()):
-        for way, config in models.items():
+        for way, config in models_.items():
             if not bench.wants(way):
                 continue
             row = Row(way=way, task=TASK, length=length, batch=count, sizes=sizes, dtype=dtype)
@@ -65,14 +65,15 @@ def rows(
                     bench,
                     row,
                     config,
-                    lambda size, length=length: _random(bench, size, length, vocabulary),  # type: ignore[misc]
+                    lambda size, length=length: random_batch(bench, size, length, vocabulary),  # type: ignore[misc]
                     mode=mode,
                     checkpointing=checkpointing,
                     flops_per_token=lambda model, length=length: model_flops(model, length),  # type: ignore[misc]
                 )
 
 
-def _models(channels: int, layers: int, head_dim: int, vocabulary: int) -> dict[str, ModelConfig]:
+def models(channels: int, layers: int, head_dim: int, vocabulary: int) -> dict[str, ModelConfig]:
+    """Way -> a language model of the shape, with bytes for a text that is never read."""
     if channels % HEAD_WIDTH:
         raise BadInput(f"channels is {channels}: it must be a multiple of {HEAD_WIDTH}, the width of an attention head")
     heads = channels // HEAD_WIDTH
@@ -87,7 +88,8 @@ def _models(channels: int, layers: int, head_dim: int, vocabulary: int) -> dict[
     return {way: dataclasses.replace(config.model, embed=embed) for way, config in configs.items()}
 
 
-def _random(bench: Bench, size: int, length: int, vocabulary: int) -> Batch:
+def random_batch(bench: Bench, size: int, length: int, vocabulary: int) -> Batch:
+    """Random ids (size, length) and those that follow them."""
     ids = torch.randint(vocabulary, (size, length + 1), device=bench.device)
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 

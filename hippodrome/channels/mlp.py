@@ -18,6 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -30,7 +31,7 @@ class Mlp(ChannelMixer):
     class Config(ChannelMixer.Config):
         d_ff: int | None = None
         """Inner width; None: four times d_model."""
-        activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+        activation: Literal["gelu_tanh", "gelu", "relu", "silu", "relu2"] = "gelu_tanh"
         dropout: float = 0.0
         """Share of the inner channels dropped in training."""
         init: Literal["model", "xavier"] = "model"

@@ -1,4 +1,4 @@
-"""Tokens: ids (B, L) int64 to vectors (B, L, D), with learned positions as an option (Radford et al., 2018)."""
+"""Tokens: ids (B, L) int64 to vectors (B, L, D), with positions as an option: learned (Radford et al., 2018) or fixed sines."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Tokens(Embed):
         """Rows of the table are rounded up to this, as matrix units like it. The extra ids never occur."""
         positions: int = 0
         """How many positions have a learned vector; 0: none, the mixers must tell order apart."""
+        sines: float | None = None
+        """Slowest time scale of fixed positions, sines then cosines over tokens, that are added; None: none."""
         dropout: float = 0.0
 
         @property
@@ -38,6 +40,9 @@ class Tokens(Embed):
             raise BadInput(f"pad_to_multiple is {config.pad_to_multiple}: it must be at least 1")
         if not 0 <= config.dropout < 1:
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
+        if config.sines is not None and (config.sines <= 1 or d_model % 2):
+            raise BadInput(f"sines is {config.sines} at d_model {d_model}: it must be above 1, and the width even")
+        self.sines = config.sines
         self.table = nn.Embedding(config.rows, d_model)
         self.positions = nn.Embedding(config.positions, d_model) if config.positions else None
         self.dropout = nn.Dropout(config.dropout)
@@ -52,7 +57,19 @@ class Tokens(Embed):
         x = self.table(inputs)
         if self.positions is not None:
             x = x + self.positions(self._where(inputs, position))
+        if self.sines is not None:
+            x = x + self._waves(inputs, position).to(x.dtype)
         return self.dropout(x)
+
+    def _waves(self, inputs: Tensor, position: Tensor | None) -> Tensor:
+        """(1 or B, L, D) fp32: sin t / w_j, then cos t / w_j, time scales w_j in equal ratios from 1 to `sines`."""
+        assert self.sines is not None
+        half = self.table.embedding_dim // 2
+        at = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        at = at if position is None else at + position[:, None]
+        scale = self.sines ** (-torch.arange(half, dtype=torch.float32, device=at.device) / max(half - 1, 1))
+        angle = at[..., None] * scale
+        return torch.cat([angle.sin(), angle.cos()], -1)
 
     def _where(self, inputs: Tensor, position: Tensor | None) -> Tensor:
         """The positions (L,) or (B, L) of the inputs."""

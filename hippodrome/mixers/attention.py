@@ -1,6 +1,8 @@
-"""Attention: multi-head softmax attention (Vaswani et al., 2017), with rotary positions (Su et al., 2021) as an option.
+"""Attention: multi-head softmax attention (Vaswani et al., 2017), with positions as options.
 
-    o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s     over the keys s that the pattern shows to t
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(K) + b_ts) v_s     over the keys s that the pattern shows to t
+
+q and k turn with their positions (`Rotary`), or b is -slope_h |t - s| (`Alibi`) or learned (`T5Bias`); by default neither.
 
 Shapes: x (B, L, D); q (B, H, L, K); k, v (B, G, L, K), G = H unless queries are grouped.
 """
@@ -21,6 +23,7 @@ from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step, turn
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern, Window
+from hippodrome.positions import Alibi, Position, Rotary, T5Bias
 from hippodrome.state import State
 
 
@@ -98,18 +101,20 @@ def _refilled(buffer: Tensor, new: Tensor, source: Tensor) -> Tensor:
     return torch.where(source >= 0, new.gather(2, index), buffer)
 
 
-def rotate(x: Tensor, position: Tensor, dim: int, base: float) -> Tensor:
+def rotate(x: Tensor, position: Tensor, dim: int, base: float, closed: bool = False) -> Tensor:
     """Rotary embedding of the first `dim` channels of x (B, H, L, K), half-split pairs, at positions (B or 1, L).
 
-    Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim).
+    Angles are fp32; channel j < dim / 2 turns with j + dim / 2 by position * base^(-2 j / dim), or by
+    position * base^(-j / (dim / 2 - 1)) where the table is `closed`.
     """
-    return turn(x, position[:, None, :, None] * frequencies(dim, base, x.device))
+    return turn(x, position[:, None, :, None] * frequencies(dim, base, x.device, closed))
 
 
-def frequencies(dim: int, base: float, device: torch.device) -> Tensor:
+def frequencies(dim: int, base: float, device: torch.device, closed: bool = False) -> Tensor:
     """Radians that each of dim / 2 pairs turns by from one position to the next, fp32."""
     half = dim // 2
-    return base ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+    steps = max(half - 1, 1) if closed else half
+    return base ** (-torch.arange(half, dtype=torch.float32, device=device) / steps)
 
 
 class Attention(Mixer[AttentionState]):
@@ -124,8 +129,11 @@ class Attention(Mixer[AttentionState]):
         """Heads of keys and values, a divisor of n_head; None: as many as queries."""
         pattern: Pattern = field(default_factory=Causal)
         rotary_dim: int = 0
-        """Channels of each head that rotate with position; 0: none."""
+        """Channels of each head that rotate with position; 0: none. The same as `position=Rotary(dim)`."""
         rotary_base: float = 10000.0
+        rotary_closed: bool = False
+        """The slowest pair turns by exactly 1 / rotary_base a token (Perceiver AR's table), not a little faster."""
+        position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
         init: Literal["model", "xavier"] = "model"
@@ -139,12 +147,13 @@ class Attention(Mixer[AttentionState]):
         if n_kv < 1 or n_head % n_kv:
             raise BadInput(f"n_kv_head {n_kv} does not divide n_head {n_head}: take {_nearest_divisor(n_kv, n_head)}")
         d_head = d_model // n_head
-        if config.rotary_dim < 0 or config.rotary_dim % 2 or config.rotary_dim > d_head:
-            raise BadInput(f"rotary_dim is {config.rotary_dim}: it must be even, 0 or more and at most the head width {d_head}")
         if not 0 <= config.dropout < 1:
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.config = config
         self.n_head, self.n_kv, self.d_head = n_head, n_kv, d_head
+        self.rotary_dim, self.rotary_base = _rotation(config, d_head)
+        if isinstance(config.position, T5Bias):
+            self.distance_bias = nn.Parameter(torch.zeros(config.position.buckets, n_head))
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
         self.out_proj = nn.Linear(d_model, d_model)
         self.causal = config.pattern.causal
@@ -163,12 +172,13 @@ class Attention(Mixer[AttentionState]):
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in self.Wqkv(x).split(sizes, -1))
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
-        if self.config.rotary_dim:
-            q, k = (rotate(t, position, self.config.rotary_dim, self.config.rotary_base) for t in (q, k))
+        if self.rotary_dim:
+            how = self.rotary_dim, self.rotary_base, self.config.rotary_closed
+            q, k = (rotate(t, position, *how) for t in (q, k))
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
             real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = self._attend(q, k, v, k_position=real)
+            y = self._attend(q, k, v, k_position=real, pattern=self.config.pattern.sized(length, self.n_head))
         else:
             y, state = self._continue(q, k, v, position, state, lengths)
         return self.out_proj(y.transpose(1, 2).flatten(2)), state
@@ -185,13 +195,35 @@ class Attention(Mixer[AttentionState]):
     def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[AttentionState]:
         # The op's slots hold all that these two patterns show to a query, and nothing that they hide.
         seen_whole = type(self.config.pattern) in (Causal, Window)
-        return _AttentionStepper(self) if seen_whole else super().stepper(state_dtype)
+        # It adds nothing to the scores.
+        plain = self.config.position is None or isinstance(self.config.position, Rotary)
+        return _AttentionStepper(self) if seen_whole and plain else super().stepper(state_dtype)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, q_position: Tensor | None = None, k_position: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_position: Tensor | None = None,
+        k_position: Tensor | None = None,
+        pattern: Pattern | None = None,
     ) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
-        return attention(q, k, v, self.config.pattern, q_position=q_position, k_position=k_position, dropout=dropout)
+        places = {"q_position": q_position, "k_position": k_position}
+        slopes = self.config.position.slopes(self.n_head, q.device) if isinstance(self.config.position, Alibi) else None
+        bias = self._distance_bias(q, k, **places)
+        pattern = self.config.pattern if pattern is None else pattern
+        return attention(q, k, v, pattern, **places, bias=bias, slopes=slopes, dropout=dropout)
+
+    def _distance_bias(self, q: Tensor, k: Tensor, q_position: Tensor | None, k_position: Tensor | None) -> Tensor | None:
+        """What T5's table adds to the scores, (B or 1, H, Lq, Lk)."""
+        if not isinstance(self.config.position, T5Bias):
+            return None
+        q_at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None] if q_position is None else q_position
+        k_at = torch.arange(k.shape[2], device=q.device)[None] if k_position is None else k_position
+        bucket = self.config.position.bucket(q_at[:, :, None], k_at[:, None, :])
+        return self.distance_bias[bucket].permute(0, 3, 1, 2)
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: AttentionState, lengths: Tensor | None
@@ -233,8 +265,8 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     def __init__(self, mixer: Attention) -> None:
         super().__init__(mixer)
-        dim, base = mixer.config.rotary_dim, mixer.config.rotary_base
-        self._frequency = frequencies(dim, base, mixer.Wqkv.weight.device) if dim else None
+        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.config.rotary_closed)
+        self._frequency = frequencies(*table) if mixer.rotary_dim else None
 
     def begin(self, state: AttentionState, position: Tensor) -> State:
         return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
@@ -262,6 +294,18 @@ class _AttentionStepper(Stepper[AttentionState]):
         slots = state.k.shape[2]
         filled = int(position.clamp(max=slots).sum())
         return (state.k.nbytes + state.v.nbytes) * filled // max(1, slots * len(position))
+
+
+def _rotation(config: Attention.Config, d_head: int) -> tuple[int, float]:
+    """How many channels of a head turn, and their base."""
+    dim, base, name = config.rotary_dim, config.rotary_base, "rotary_dim"
+    if dim and config.position is not None:
+        raise BadInput(f"rotary_dim is {dim} and position is {config.position}: give one of them")
+    if isinstance(config.position, Rotary):
+        dim, base, name = d_head if config.position.dim is None else config.position.dim, config.position.base, "Rotary's dim"
+    if dim < 0 or dim % 2 or dim > d_head:
+        raise BadInput(f"{name} is {dim}: it must be even, 0 or more and at most the head width {d_head}")
+    return dim, base
 
 
 def _check_room(tokens: int, slots: int) -> None:

@@ -39,6 +39,8 @@ class Backend:
     name: str
     run: Callable[..., Any]
     why_not: WhyNot
+    yields: WhyNot | None = None
+    """Why a later backend is the better choice, though this one can: binds the automatic choice, not `use_backend`."""
 
 
 class Op:
@@ -52,18 +54,25 @@ class Op:
         self.name = reference.__name__
         self.reference = reference
         self._backends: dict[str, Backend] = {}
+        self._valid: Callable[..., None] | None = None
         functools.update_wrapper(self, reference)
 
-    def backend(self, name: str, *, why_not: WhyNot) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register an implementation of this op under `name`."""
+    def backend(
+        self, name: str, *, why_not: WhyNot, yields: WhyNot | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register an implementation of this op under `name`; `yields`: see `Backend`."""
         if name not in PREFERENCE:
             raise ValueError(f"backend {name!r}: {nearest(name, PREFERENCE)}")
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self._backends[name] = Backend(name, run, why_not)
+            self._backends[name] = Backend(name, run, why_not, yields)
             return run
 
         return register
+
+    def check(self, valid: Callable[..., None]) -> None:
+        """Register what raises BadInput for arguments that no implementation takes; asked before any backend is."""
+        self._valid = valid
 
     @property
     def backends(self) -> list[str]:
@@ -76,6 +85,8 @@ class Op:
 
     def choose(self, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that a call with these arguments runs."""
+        if self._valid is not None:
+            self._valid(*args, **kwargs)
         if _forced is not None:
             return self._check(_forced, *args, **kwargs)
         for name in self.backends:
@@ -96,7 +107,13 @@ class Op:
             log.info("%s passes over its backend %s: %s", self.name, name, reason)
 
     def _why_not(self, name: str, *args: Any, **kwargs: Any) -> str | None:
-        return None if name == "reference" else self._backends[name].why_not(*args, **kwargs)
+        if name == "reference":
+            return None
+        backend = self._backends[name]
+        reason = backend.why_not(*args, **kwargs)
+        if reason is None and backend.yields is not None and _forced != name:
+            reason = backend.yields(*args, **kwargs)
+        return reason
 
     def _check(self, name: str, *args: Any, **kwargs: Any) -> str:
         if name not in self.backends:
@@ -133,7 +150,7 @@ def announced(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(leaf)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            key = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values()))
+            key = tuple(_kind(arg) for arg in (*args, *kwargs.values()))
             if key in called:
                 return leaf(*args, **kwargs)
             timer = threading.Timer(PATIENCE, print, [line], {"file": sys.stderr, "flush": True})
@@ -149,6 +166,10 @@ def announced(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return run
 
     return decorate
+
+
+def _kind(arg: object) -> object:
+    return arg.dtype if isinstance(arg, Tensor) else len(arg) if isinstance(arg, list) else arg
 
 
 def on_its_device(leaf: Callable[P, R]) -> Callable[P, R]:

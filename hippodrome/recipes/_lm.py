@@ -9,6 +9,7 @@ from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
+from hippodrome.patterns import Causal, Chunk, Pattern, Window
 from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.tasks.lm import Lm
@@ -40,6 +41,15 @@ class Text:
 
 SOTU = Text()
 """The shipped corpus: the State of the Union addresses."""
+
+
+def attention_pattern(window: int | None, chunk: int | None) -> Pattern:
+    """Causal attention over everything, over the last `window` tokens, or within chunks of `chunk` tokens."""
+    if window is not None and chunk is not None:
+        raise BadInput(f"window is {window} and chunk is {chunk}: give one of them")
+    if window is not None:
+        return Window(size=window)
+    return Causal() if chunk is None else Chunk(size=chunk)
 
 
 def language_model(

@@ -24,11 +24,11 @@ from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, Mixer, ModelConfig, Readout
 from hippodrome.norms import Norm
 from hippodrome.part import BadInput
-from hippodrome.patterns import Full
+from hippodrome.patterns import BigBird, Butterfly, Full
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.task import Task
 
-Name = Literal["s4", "s4d", "s5", "mega", "transformer", "linear_transformer"]
+Name = Literal["s4", "s4d", "s5", "mega", "transformer", "linear_transformer", "bigbird", "block_sparse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,17 @@ def _mega_on_pixels(size: Size, length: int) -> Mixer.Config:
 def _transformer(size: Size, length: int) -> Mixer.Config:
     assert size.n_head is not None
     return Attention.Config(n_head=size.n_head, pattern=Full())
+
+
+def _bigbird(size: Size, length: int) -> Mixer.Config:
+    # A row must not depend on how long its neighbours in the batch are: the last global tile is that of the longest row.
+    assert size.n_head is not None
+    return Attention.Config(n_head=size.n_head, pattern=BigBird(form="encoder", length=length))
+
+
+def _block_sparse(size: Size, length: int) -> Mixer.Config:
+    assert size.n_head is not None
+    return Attention.Config(n_head=size.n_head, pattern=Butterfly())
 
 
 def _linear_transformer(size: Size, length: int) -> Mixer.Config:
@@ -304,6 +315,8 @@ MODELS: dict[str, dict[str, Published]] = {
     "mega": _OF_MEGA,
     "transformer": _of_attention(_transformer),
     "linear_transformer": _of_attention(_linear_transformer),
+    "bigbird": _of_attention(_bigbird),
+    "block_sparse": _of_attention(_block_sparse),
 }
 
 

@@ -8,7 +8,9 @@ from hippodrome.part import BadInput
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
-from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
+from hippodrome.recipes._lm import BUDGET, SOTU, Text, attention_pattern, language_model
+from hippodrome.recipes._mirror_copy import COPY
+from hippodrome.recipes._mirror_copy import mirror_copy as _mirror_copy
 from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
@@ -21,6 +23,8 @@ def h3(
     d_ff: int | None = None,
     attention_layers: tuple[int, ...] | None = None,
     n_head: int = 4,
+    window: int | None = None,
+    chunk: int | None = None,
     d_state: int = 64,
     head_dim: int = 1,
     dropout: float = 0.0,
@@ -35,6 +39,8 @@ def h3(
         d_ff: Width inside the MLPs; None: 4 d_model.
         attention_layers: Blocks with attention, from 0; None: the paper's two, the second and the one half the depth after it.
         n_head: Attention heads.
+        window: Keys that attention looks back at, the token's own included; None: all.
+        chunk: Attention stays within chunks of so many tokens, which H3 crosses; None: it does not.
         d_state: States of both systems of H3.
         head_dim: Channels of an H3 head.
         dropout: Of the embeddings and of what each block adds.
@@ -43,7 +49,8 @@ def h3(
     for layer in chosen:
         if not 0 <= layer < n_layer:
             raise BadInput(f"attention_layers has {layer}: a model of {n_layer} blocks has blocks 0 to {n_layer - 1}")
-    h3_mixer, attention = H3.Config(d_state=d_state, head_dim=head_dim), Attention.Config(n_head=n_head)
+    h3_mixer = H3.Config(d_state=d_state, head_dim=head_dim)
+    attention = Attention.Config(n_head=n_head, pattern=attention_pattern(window, chunk))
     mixers = [attention if layer in chosen else h3_mixer for layer in range(n_layer)]
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
@@ -98,3 +105,27 @@ def atomic(*, d_state: int = 64, exercise: Exercise = PAPER_ATOMIC) -> RunConfig
         d_state: States of both systems of H3.
     """
     return _atomic(H3.Config(d_state=d_state), exercise, lr=1e-3)
+
+
+def mirror_copy(
+    *,
+    length: int = 32,
+    n_layer: int = 2,
+    d_model: int = 128,
+    d_state: int = 64,
+    head_dim: int = 1,
+    rows: int = 200,
+    train: TrainConfig = COPY,
+) -> RunConfig:
+    """H3 without attention on the mirror copy, a sequence backwards: the task of Perceiver AR.
+
+    Args:
+        length: Inputs of a row, twice what is copied.
+        n_layer: Blocks; perceiver_ar.mirror_copy has one fewer behind its cross-attention.
+        d_model: Width.
+        d_state: States of both systems of H3.
+        head_dim: Channels of an H3 head.
+        rows: Of the test split, and of the valid split.
+    """
+    mixer = H3.Config(d_state=d_state, head_dim=head_dim)
+    return _mirror_copy(mixer, length=length, n_layer=n_layer, d_model=d_model, rows=rows, train=train)

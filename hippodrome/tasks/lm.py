@@ -9,8 +9,9 @@ counts no bytes. A window knows nothing of what lies before it, unless `order="s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -107,14 +108,25 @@ class Lm(Task):
         """loss: nats a token. bits_per_byte: bits a byte of the text that the targets stand for."""
         asked = batch.targets != IGNORE
         nats = F.cross_entropy(logits.flatten(0, -2).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        self._bytes_of = self._bytes_of.to(batch.targets.device)
-        size = self._bytes_of[batch.targets.where(asked, self.tokenizer.end)].sum()
+        size = self.bytes_of(batch.targets.where(asked, self.tokenizer.end)).sum()
         return {"loss": (nats, asked.sum()), "bits_per_byte": (nats / math.log(2), size)}
 
     def report(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Loss and bits per byte, and the perplexity a token."""
         scores = super().report(totals)
         return {**scores, "perplexity": math.exp(min(scores["loss"], 700.0))}
+
+    def whole_texts(self, split: Split) -> Iterator[Tensor]:
+        """The documents of a split, each (n,) int64 from the end of the one before to its own end."""
+        ids = self._ids[split]
+        (ends,) = np.nonzero(ids == self.tokenizer.end)
+        for start, stop in pairwise(ends.tolist()):
+            yield torch.from_numpy(ids[start : stop + 1].astype(np.int64))
+
+    def bytes_of(self, ids: Tensor) -> Tensor:
+        """Bytes of text that each id stands for, int64."""
+        self._bytes_of = self._bytes_of.to(ids.device)
+        return self._bytes_of[ids]
 
     def save(self, folder: Path) -> None:
         """tokenizer.json, and data.json: what the text was and how it was split."""

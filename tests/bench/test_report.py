@@ -1,5 +1,7 @@
 """Ratios, targets, rooflines, crossovers: arithmetic on rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,3 +74,13 @@ def test_models_of_gpus_make_file_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert device_name(torch.device("cuda", 0)) == "h100-80gb-hbm3"
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_many_ways_have_a_line_each():
+    rows = [dataclasses.replace(row(f"w{i}", 8, 2.0), peak_bytes=3 * 10**9) for i in range(7)]
+    rows.append(row("w0", 16, None, error="out of memory"))
+    report = Report(subject="s", rows=tuple(rows), ratios=(), ceilings=CEILINGS, provenance={"device": "d"})
+    heads, cells = table(report)
+    assert heads[2:] == ("way", "found", "peak memory")
+    assert cells[0][2:] == ("w0", "2 ms", "3.00 GB")
+    assert cells[-1][1:] == ("1 x 16", "w0", "out of memory", "")

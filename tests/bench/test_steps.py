@@ -10,7 +10,7 @@ from hippodrome.task import Batch
 
 CPU = torch.device("cpu")
 ROW = Row(way="w", task="t", length=8, batch=4)
-CONFIG = train._models(64, 2, 1, 40)[train.HYBRID]
+CONFIG = train.models(64, 2, 1, 40)[train.HYBRID]
 
 
 def draw(size):
@@ -49,7 +49,7 @@ def _nan(model):
 def test_flops_of_gpt_125m():
     """Counted by hand: 12 d^2 weights a block, the tied table, and half of the keys of causal attention."""
     with torch.device("meta"):
-        models = {way: config.build() for way, config in train._models(768, 12, 1, 50257).items()}
+        models = {way: config.build() for way, config in train.models(768, 12, 1, 50257).items()}
     by_hand = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 6 * 2048 * 768
     assert model_flops(models[train.TRANSFORMER], 2048) == by_hand
     h3_layer = 3 * 768 * (4 * 64 + 2 * 64 + 8 * 32)
@@ -59,10 +59,18 @@ def test_flops_of_gpt_125m():
 
 
 def test_classifiers_differ_in_their_mixer_only():
-    models = lra._models(32, 2, 4, False)
+    models = lra._models(32, 2, 4, False, 256)
     with torch.device("meta"):
         flops = {way: model_flops(config.build(), 256) for way, config in models.items()}
     assert flops[lra.PLAIN] == flops[lra.FAST] > flops[lra.STATE_MLP] > flops[lra.STATE]
+
+
+def test_flops_of_mega_by_hand():
+    """Half of the keys of a chunk, for queries and keys of D / 4 and values of 2 D; averages as state passing."""
+    with torch.device("meta"):
+        whole, chunks = (lra._models(32, 1, 4, False, 256)[way].build() for way in (lra.MEGA, lra.MEGA_CHUNK))
+    saved = 6 * (256 - 128) // 2 * (8 + 64)
+    assert model_flops(whole, 256) - model_flops(chunks, 256) == saved
 
 
 def test_plain_attention_is_torchs_math_and_the_same_function():
@@ -81,7 +89,7 @@ def test_blocks_alike_are_compiled_once():
 
     torch.compiler.reset()
     counters.clear()
-    model = train._models(64, 3, 1, 40)[train.TRANSFORMER].build()
+    model = train.models(64, 3, 1, 40)[train.TRANSFORMER].build()
     whole = model.loss(draw(2)).total
     compile_blocks(model)
     torch.testing.assert_close(model.loss(draw(2)).total.shape, whole.shape)

@@ -7,14 +7,23 @@ import torch
 
 from hippodrome import bench as timing
 from hippodrome.bench import _peers, bench, differing, find_subject, subjects
+from hippodrome.bench import attention as attention_subject
+from hippodrome.bench import attention_train as attention_train_subject
+from hippodrome.bench import block_sparse as block_sparse_subject
 from hippodrome.bench import long_conv as long_conv_subject
 from hippodrome.bench import state as state_subject
+from hippodrome.bench._attention import kept_pairs, standard_attention
 from hippodrome.bench._measure import BOTH, FORWARD, OURS, TOLERANCE, Row
+from hippodrome.ops.attention import attention
 from hippodrome.part import BadInput
+from hippodrome.patterns import Causal, Window
 from tests.commands import run
 
 CPU = torch.device("cpu")
 TINY = {
+    "attention": {"lengths": (5, 70), "tokens": 140, "channels": 128, "head_dim": 64},
+    "attention_train": {"lengths": (8, 16), "tokens": 16, "channels": 64, "layers": 2, "vocabulary": 40},
+    "block_sparse": {"lengths": (32, 70), "tokens": 140, "channels": 128, "tiles": (16,)},
     "diagonal_ssm": {"lengths": (5, 70), "batch": 2, "channels": 6, "modes": 3},
     "generate": {"lengths": (5, 9), "channels": 128, "layers": 2, "new_tokens": 2, "vocabulary": 40},
     "h3": {"lengths": (5, 70), "tokens": 140, "channels": 64, "head_dim": 2, "modes": 3, "taps": 4},
@@ -25,7 +34,7 @@ TINY = {
     "state": {"lengths": (192, 256), "channels": 128, "layers": 1, "modes": 16, "new_tokens": 2, "vocabulary": 40},
     "train": {"lengths": (8, 16), "tokens": 16, "channels": 64, "layers": 2, "vocabulary": 40},
 }
-OPS = ("diagonal_ssm", "h3", "linear_attention", "long_conv", "scan")
+OPS = ("attention", "block_sparse", "diagonal_ssm", "h3", "linear_attention", "long_conv", "scan")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def test_no_time_of_an_op_without_a_check(found, subject):
     rows = [row for row in report.rows if row.way != "copy"]
     assert all(row.difference < TOLERANCE[row.dtype] for row in rows)
     assert {row.backend for row in rows if row.way == OURS} <= {"cpu", "chunked", "reference"}
-    assert {row.task for row in rows} >= {FORWARD, BOTH}
+    assert {row.task.rpartition(", ")[2] for row in rows} >= {FORWARD, BOTH}
 
 
 @pytest.mark.parametrize("subject", [name for name in subjects() if name not in OPS])
@@ -217,6 +226,57 @@ def test_tuning_is_for_gpus():
 def test_what_cannot_be_tuned_is_refused(part, said):
     with pytest.raises(BadInput, match=said):
         timing.tune(CPU, **part)
+
+
+def test_auto_is_judged_by_the_fastest_and_ours_by_cudnn():
+    def row(way, task, ms, **more):
+        return Row(way=way, task=f"causal, heads of 64, {task}", length=1024, batch=1, ms=ms, **more)
+
+    times = {"auto": (1.0, 3.0), OURS: (1.25, 4.25), "SDPA cuDNN": (1.0, 3.0), "SDPA flash": (0.9, 2.0)}
+    rows = [row(way, task, ms) for way, each in times.items() for task, ms in zip((FORWARD, BOTH), each, strict=True)]
+    found = {(ratio.what, ratio.task.rpartition(", ")[2]): ratio for ratio in attention_subject.targets(rows, True)}
+    auto = found["auto: speed over the fastest's", FORWARD]
+    assert (auto.value, auto.bound, auto.met) == (pytest.approx(0.9), 0.98, False)
+    ours = found["ours: speed over cuDNN's", FORWARD]
+    assert (ours.value, ours.met) == (pytest.approx(0.8), True)
+    assert found["ours: speed over cuDNN's", BOTH].bound is None
+    alone = found["ours: speed over cuDNN's, backward alone", BOTH]
+    assert (alone.value, alone.bound, alone.met) == (pytest.approx(2 / 3), 0.65, True)
+
+
+def test_standard_attention_is_the_same_function():
+    with standard_attention():
+        assert attention.choose(*3 * [torch.randn(1, 2, 4, 8)], Causal()) == "sdpa"
+        q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
+        standard = attention(q, k[:, :2], v[:, :2], Causal())
+    torch.testing.assert_close(standard, attention.reference(q, k[:, :2], v[:, :2], Causal()))
+    with standard_attention(), pytest.raises(NotImplementedError, match="knows no dropout"):
+        attention(q, k, v, Causal(), dropout=0.1)
+
+
+def test_the_longest_row_that_can_be_trained(monkeypatch):
+    monkeypatch.setattr(attention_train_subject, "LONGEST", {False: 64})
+    tiny = {**TINY["attention_train"], "lengths": (16,), "longest": True}
+    report = bench("attention_train", CPU, repeats=1, **tiny)
+    assert [(row.way, row.length) for row in report.rows if row.way == "auto"] == [("auto", n) for n in (16, 32, 64)]
+    longest = {ratio.what: ratio.value for ratio in report.ratios if "longest" in ratio.what}
+    assert longest == {f"{way}: the longest row trained, in tokens": 64 for way in ("auto", "standard attention")}
+
+
+def test_break_even_is_where_time_meets_that_of_dense():
+    def row(kept, share):
+        more = {"kept": kept, "ideal_ms": 10 * kept, "share_of_ideal": share}
+        return Row(way=OURS, task=f"p{kept}, tiles of 16, {FORWARD}", length=64, batch=1, ms=10 * kept / share, more=more)
+
+    # 1 ms at no density and 20 ms more at all of it, where dense takes 10.
+    rows = [row(kept, 10 * kept / (1 + 20 * kept)) for kept in (0.1, 0.2, 0.4)]
+    even = [ratio.value for ratio in block_sparse_subject.targets(rows, True) if "break-even" in ratio.what]
+    assert even == pytest.approx([0.45])
+
+
+def test_the_pairs_that_a_pattern_keeps():
+    for pattern in (Causal(), Window(size=5)):
+        assert kept_pairs(pattern, 37, CPU) == int(pattern.mask(37, 37).sum())
 
 
 @pytest.mark.gpu

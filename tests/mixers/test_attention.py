@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hippodrome.mixers.attention import Attention, rotate
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Chunk, Full, Pattern, Window
+from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Pattern, Window
+from hippodrome.positions import Alibi, Rotary, T5Bias
 from tests.support import assert_close, build
 
 VARIANTS = (
@@ -20,6 +21,16 @@ VARIANTS = (
     Attention.Config(n_kv_head=1, pattern=Window(size=1)),
     Attention.Config(pattern=Chunk(size=5), rotary_dim=4),
     Attention.Config(n_head=2, pattern=Full()),
+    Attention.Config(n_head=2, pattern=BigBird(tile=4, n_random=2), rotary_dim=4),
+    Attention.Config(n_head=2, pattern=BigBird(tile=8, n_random=2, form="encoder", length=90)),
+    Attention.Config(n_head=2, pattern=Butterfly(tile=4) & Causal()),
+    Attention.Config(n_head=2, pattern=Window(size=3) | Global(size=2) & Causal()),
+    Attention.Config(position=Rotary()),
+    Attention.Config(n_head=8, n_kv_head=2, position=Alibi()),
+    Attention.Config(pattern=Window(size=5), position=Alibi()),
+    Attention.Config(n_head=2, position=T5Bias(buckets=6, max_distance=9)),
+    Attention.Config(n_head=2, pattern=Chunk(size=5), position=T5Bias(buckets=4, max_distance=5)),
+    Attention.Config(n_head=2, pattern=Full(), position=T5Bias(buckets=8, max_distance=6, bidirectional=True)),
 )
 
 D = 16
@@ -52,7 +63,7 @@ def plainly(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
     for i in range(len(x)):
         heads = []
         for head in range(h):
-            shown = [j for j in range(len(x)) if sees(config.pattern, i, j)]
+            shown = [j for j in range(len(x)) if sees(config.pattern, i, j, head)]
             scores = [turned(q[i, head], i) @ turned(k[j, head * g // h], j) / math.sqrt(k_width) for j in shown]
             weights = torch.stack(scores).softmax(0)
             heads.append(sum(w * v[j, head * g // h] for w, j in zip(weights, shown, strict=True)))
@@ -60,15 +71,18 @@ def plainly(mixer: Attention, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def sees(pattern: Pattern, i: int, j: int) -> bool:
+def sees(pattern: Pattern, i: int, j: int, head: int) -> bool:
     if isinstance(pattern, Full):
         return True
+    if not isinstance(pattern, (Causal, Window, Chunk)):
+        # What these show is tested by itself.
+        return bool(pattern.visible(torch.tensor(head), torch.tensor(i), torch.tensor(j)))
     if isinstance(pattern, Chunk):
         return j <= i < (j // pattern.size + 1) * pattern.size
     return j <= i and (not isinstance(pattern, Window) or i - j < pattern.size)
 
 
-@pytest.mark.parametrize("config", [Attention.Config(), *VARIANTS])
+@pytest.mark.parametrize("config", [Attention.Config(), *(config for config in VARIANTS if config.position is None)])
 def test_equals_attention_written_plainly(config):
     mixer, x = build(config, D), vectors(2, 11)
     y, _ = mixer(x)
@@ -249,6 +263,8 @@ def test_dropout_acts_in_training_only():
         ({"rotary_dim": 3}, "rotary_dim is 3"),
         ({"rotary_dim": 6}, "at most the head width 4"),
         ({"rotary_dim": -2}, "rotary_dim is -2"),
+        ({"position": Rotary(dim=6)}, "Rotary's dim is 6: .* at most the head width 4"),
+        ({"rotary_dim": 4, "position": Alibi()}, r"rotary_dim is 4 and position is Alibi\(\): give one"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )

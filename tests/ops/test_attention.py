@@ -75,7 +75,7 @@ def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients(backend):
     q, k, v = inputs(3, 4)
     k_position = torch.tensor([[-1, -1, -1, -1], [1, 2, 3, 4]])
     with use_backend(backend):
-        y = attention(q, k, v, Causal(), k_position=k_position)
+        y = attention(q, k, v, Causal(), q_position=torch.arange(3)[None], k_position=k_position)
     assert not y[0].any()
     assert not y[1, :, 0].any()
     assert y[1, :, 1:].abs().min() > 0
@@ -120,7 +120,7 @@ def test_half_precision_has_fp32_statistics():
 
 def test_the_op_says_which_backend_it_takes_and_why_not():
     q, k, v = inputs(4, 4)
-    assert attention.explain(q, k, v, Causal()) == {"sdpa": "ok", "reference": "ok"}
+    assert attention.explain(q, k, v, Causal()) == {"triton": "the tensor is on cpu", "sdpa": "ok", "reference": "ok"}
     reasons = attention.explain(q, k.bfloat16(), v, Causal())
     assert reasons["reference"] == "ok"
     assert "torch.bfloat16" in reasons["sdpa"]

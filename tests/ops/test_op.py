@@ -5,7 +5,7 @@ import time
 import torch
 
 from hippodrome.ops import _op
-from hippodrome.ops._op import announced
+from hippodrome.ops._op import Op, announced, use_backend
 
 
 def test_a_first_call_that_takes_long_says_what_it_does(monkeypatch, capfd):
@@ -29,3 +29,20 @@ def test_a_first_call_that_takes_long_says_what_it_does(monkeypatch, capfd):
 def test_a_quick_call_says_nothing(capfd):
     assert announced("the leaf")(lambda t: t + 1)(torch.zeros(1)) == 1
     assert capfd.readouterr().err == ""
+
+
+def test_a_backend_that_yields_runs_when_it_is_asked_for_by_name():
+    @Op
+    def twice(x):
+        return "reference"
+
+    @twice.backend("triton", why_not=lambda x: "negative" if x < 0 else None, yields=lambda x: "small" if x < 5 else None)
+    def _fast(x):
+        return "triton"
+
+    assert twice(9) == "triton"
+    assert twice(1) == "reference"
+    assert twice.explain(1) == {"triton": "small", "reference": "ok"}
+    with use_backend("triton"):
+        assert twice(1) == "triton"
+        assert twice.explain(-1)["triton"] == "negative"

@@ -1,0 +1,464 @@
+"""attention on the GPU: tiles, an online softmax, and a backward that makes the weights again. See `_kernels.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hippodrome.ops._flops import count_flops
+from hippodrome.ops._op import announced, capability, on_its_device
+from hippodrome.ops.attention import _tiles, attention
+from hippodrome.patterns import Causal, Chunk, Full, Pattern, Prefix, Window
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CAPABILITY = (8, 0)
+"""Least compute capability: bf16 products and asynchronous copies."""
+WIDEST = 256
+WIDEST_FLOAT32 = 128
+"""Wider ones need more shared memory than there is."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Prefix: 4}
+"""The patterns that the kernels compute as intervals: `_kernels.FULL`, ...; any other is a list of tiles."""
+PROGRAMS = 264
+"""Programs from which on a GPU is busy: below, the keys of few queries are cut into pieces."""
+PIECE = 512
+"""Fewest keys of a piece."""
+FEW = 16
+"""Queries up to which that is done."""
+NARROW = 256
+"""Windows and chunks up to this are walked in tiles of 64, which waste less on their edges."""
+BLOCKS = {64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+          256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
+"""Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of a call is neither a tensor nor a shape."""
+
+    code: int
+    a: int
+    r: int
+    tile: int
+    """0: an interval."""
+    slots_q: int
+    slots_k: int
+    scale: float
+    cap: float
+    drop: float
+
+    def numbers(self) -> tuple[int, int, int, int, int, int, float, float, float]:
+        return (self.code, self.a, self.r, self.tile, self.slots_q, self.slots_k, self.scale, self.cap, self.drop)
+
+
+def _why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    **_: object,
+) -> str | None:
+    if q.device.type != "cuda":
+        return f"the tensor is on {q.device.type}"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if capability(q.device) < CAPABILITY:
+        return f"compute capability {capability(q.device)} is under {CAPABILITY}"
+    return unfit(q, k, v, pattern, q_position is not None or k_position is not None, offsets, bias, slopes)
+
+
+def unfit(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, bias: Tensor | None,
+    slopes: Tensor | None,
+) -> str | None:  # fmt: skip
+    """Why the kernels cannot take a call, whatever the device."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: it takes one of {', '.join(map(str, DTYPES))} for all"
+    if q.shape[3] > WIDEST:
+        return f"heads are {q.shape[3]} wide: it takes up to {WIDEST}"
+    if q.dtype == torch.float32 and q.shape[3] > WIDEST_FLOAT32:
+        return f"float32 heads are {q.shape[3]} wide: it takes up to {WIDEST_FLOAT32}"
+    if placed:
+        return "positions are given: it computes them"
+    if not q.numel() or not k.numel():
+        return "there is no query or no key"
+    if q.shape[0] * q.shape[1] > 65535:
+        return f"{q.shape[0]} x {q.shape[1]} heads are more than a grid has rows"
+    if bias is not None and bias.dtype == torch.float64:
+        return "the bias is torch.float64, and scores are float32"
+    if slopes is not None and slopes.requires_grad:
+        return "slopes want a gradient"
+    if type(pattern) in CODES:
+        return None
+    if offsets is not None:
+        return f"a pack under {pattern}, which it walks by one list of tiles"
+    if bias is not None and bias.requires_grad and pattern.count_tile is not None:
+        return "a key that counts twice gives the bias two gradients"
+    return _no_list(pattern, k.shape[2] - q.shape[2])
+
+
+def _no_list(pattern: Pattern, q_start: int) -> str | None:
+    side = pattern.count_tile
+    if side is not None and (side % _tiles.side(pattern) or q_start % _tiles.side(pattern)):
+        return f"keys count unevenly within tiles of {_tiles.side(pattern)}"
+    return None
+
+
+def _yields(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    return_lse: bool = False,
+    **_: object,
+) -> str | None:
+    """Calls that torch's kernels take without a mask: those are taken for faster until measured otherwise."""
+    wants = [bias, slopes, softcap, offsets, seed if dropout else None]
+    plain = all(want is None for want in wants) and not return_lse and not torch.are_deterministic_algorithms_enabled()
+    square = isinstance(pattern, Causal) and q.shape[2] == k.shape[2]
+    if plain and (isinstance(pattern, Full) or square):
+        return "dense and causal calls that need nothing more are left to torch's kernels"
+    return None
+
+
+@attention.backend("triton", why_not=_why_not, yields=_yields)
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
+    offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if scale < 0:  # the running maximum is taken before scaling
+        q, scale = -q, -scale
+    call, lists = _walks(q, k, pattern)
+    call = replace(call, scale=scale, cap=softcap or 0.0, drop=dropout)
+    if dropout:
+        seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.as_tensor(seed, device=q.device)
+    if bias is not None:
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+    if offsets is not None:
+        k_offsets = offsets if k_offsets is None else k_offsets
+    q, k, v = (_lines(t) for t in (q, k, v))
+    y, lse = torch.ops.hippodrome.attention_fused(
+        q, k, v, bias, None if slopes is None else slopes.float(), seed if dropout else None, offsets, k_offsets, lists,
+        *call.numbers(),
+    )  # fmt: skip
+    return (y, lse) if return_lse else y
+
+
+def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
+    """How the kernels find their tiles: as an interval, or by lists."""
+    code = CODES.get(type(pattern))
+    if code is not None:
+        size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
+        return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
+    tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
+    of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
+    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
+        *of_q.tensors(),
+        *of_k.tensors(),
+        table,
+    ]
+
+
+def _lines(t: Tensor) -> Tensor:
+    """t with a token's numbers of a head side by side and within 32 bits of its first."""
+    near = t.stride(2) * t.shape[2] < 2**31
+    return t if near and (t.stride(-1) == 1 or t.shape[-1] == 1) else t.contiguous()
+
+
+@torch.library.custom_op("hippodrome::attention_fused", mutates_args=(), device_types="cuda")
+@announced("attention")
+@on_its_device
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None,
+    k_offsets: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
+    scale: float, cap: float, drop: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs like q and log-sum-exps (B, H, Lq)."""
+    from hippodrome.ops.attention import _kernels as kernels
+
+    call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
+    y, lse = _outputs(q)
+    batch, heads, n_q, width = q.shape
+    D, M, N, ways = _layout(0, q, k, call)
+    split, slots, joins = _split(q, k, M, call, lists, offsets)
+    part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
+    part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
+    plan, grid = _plan(0, M, q, n_q, offsets, lists, tile)
+    kernels.forward[grid, batch * heads, split](
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
+        y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
+        *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
+        **_flags(call, bias, slopes, offsets, lists), **ways,
+    )  # fmt: skip
+    if slots:
+        kernels.merge[joins.shape[1], batch * heads](
+            joins, part, part_lse, y, lse, heads, n_q, width, joins.shape[1], slots, *_strides(y), D=D, M=M,
+            PER_HEAD=joins.shape[0] > 1,
+        )  # fmt: skip
+    return y, lse
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    # Contiguous whatever q is: the fake must know the layout.
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_fused.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(q)
+
+
+def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int, dict[str, Any]]:
+    """Padded width, queries and keys of a tile, and what else a kernel is compiled with."""
+    D = max(16, 1 << (q.shape[3] - 1).bit_length())
+    M, N, warps, stages = BLOCKS[max(64, D)][role]
+    wide = q.dtype == torch.float32
+    if wide:
+        M, N, warps, stages = min(M, 64), min(N, 32), 4, 1
+    if call.code in (CODES[Window], CODES[Chunk]) and call.a <= NARROW:
+        M, N, warps = min(M, 64), min(N, 64), 4
+    if call.tile:
+        M, N, warps, stages = _list_layout(role, call.tile, D, wide)
+    elif q.shape[2] <= 64:
+        M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
+    return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+
+
+def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages where tiles of T are listed: T of a program's own side, about 64 of the other."""
+    other, warps, stages = 64, 8 if T == 128 else 4, 3 if T < 128 and D <= 64 else 2
+    if T == 128 and (role == 0 or (role == 1 and D <= 64)):
+        other = 128
+    if role == 2 and T >= 64 and D > 64:
+        other, warps = 32, 8
+    if wide or D > 128:
+        other = 32 if wide or role else 64
+    if wide:
+        stages = 1
+    return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
+
+
+def _split(
+    q: Tensor, k: Tensor, M: int, call: Call, lists: list[Tensor], offsets: Tensor | None
+) -> tuple[int, int, Tensor]:  # fmt: skip
+    """Pieces of the keys, slots for them, and which of them make a tile."""
+    if call.tile:
+        return 1, call.slots_q, lists[3]
+    n_q, rows, tiles = q.shape[2], q.shape[0] * q.shape[1], -(-q.shape[2] // M)
+    pieces = 1 if n_q > FEW or offsets is not None else min(PROGRAMS // (rows * tiles), k.shape[2] // PIECE)
+    if pieces < 2:
+        return 1, 0, q
+    at = torch.arange(tiles, device=q.device, dtype=torch.int32)
+    return pieces, tiles * pieces, torch.stack((at, at * pieces, (at + 1) * pieces), 1)[None]
+
+
+def _plan(
+    role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor], tile: int
+) -> tuple[Tensor, int]:
+    """What tells programs where they are, and how many there are."""
+    if tile:
+        plan = lists[4 if role == 2 else 0]
+        return plan, plan.shape[1]
+    if offsets is None:
+        return q, -(-n // size)
+    grid = n // size + len(offsets) - 1
+    tiles = (offsets.diff() + size - 1) // size
+    ends = tiles.cumsum(0)
+    program = torch.arange(grid, device=offsets.device)
+    document = torch.searchsorted(ends, program, right=True)
+    there = document < len(tiles)
+    document = document.clamp(max=len(tiles) - 1)
+    first = torch.where(there, (program - ends[document] + tiles[document]) * size, 2**30)
+    return torch.stack((document, first), 1).int().contiguous(), grid
+
+
+def _members(role: int, lists: list[Tensor], other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not lists:
+        return other, other, other
+    first = 4 if role == 2 else 0
+    return lists[first + 1], lists[first + 2], lists[8]
+
+
+def _asides(q: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """Absent tensors as q, which no kernel reads in their place."""
+    return tuple(q if t is None else t for t in (bias, slopes, seed))
+
+
+def _pair(offsets: Tensor | None, k_offsets: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    return (other, other) if offsets is None or k_offsets is None else (offsets, k_offsets)
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if bias is None else tuple(bias.stride())
+
+
+def _flags(
+    call: Call, bias: Tensor | None, slopes: Tensor | None, offsets: Tensor | None, lists: list[Tensor]
+) -> dict[str, Any]:
+    return {
+        "CODE": call.code,
+        "LIST": call.tile > 0,
+        "TABLE": call.tile > 0 and len(lists[8]) > 0,
+        "BIAS": bias is not None,
+        "SLOPES": slopes is not None,
+        "CAP": call.cap > 0,
+        "DROP": call.drop > 0,
+        "PACKED": offsets is not None,
+        "PER_HEAD": call.tile > 0 and lists[0].shape[0] > 1,
+    }
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of each: of a sequence, of a head, of a token."""
+    return tuple(size for t in tensors for size in t.stride()[:3])
+
+
+@torch.library.custom_op("hippodrome::attention_fused_backward", mutates_args=(), device_types="cuda")
+@announced("attention's backward")
+@on_its_device
+def _fused_backward(
+    d_y: Tensor, d_lse: Tensor | None, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, lists: list[Tensor],
+    code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float, cap: float, drop: float, of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
+    from hippodrome.ops.attention import _kernels as kernels
+
+    call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
+    batch, heads, n_q, width = q.shape
+    group, n_k, rows = heads // k.shape[1], k.shape[2], batch * heads
+    d_q, d_k, d_v, d_bias = _gradients(q, k, bias, of_bias)
+    d_bias.zero_()
+    delta = torch.empty_like(lse)
+    flags = _flags(call, bias, slopes, offsets, lists)
+    D, M, N, ways = _layout(1, q, k, call)
+    kernels.dot_products[-(-n_q // 64), rows](
+        y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
+    )
+    part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
+    plan, grid = _plan(1, M, q, n_q, offsets, lists, tile)
+    kernels.gradient_q[grid, rows](
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan),
+        d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
+        *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
+    )  # fmt: skip
+    if slots_q:
+        _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
+    D, M, N, ways = _layout(2, q, k, call)
+    together = group == 1 or not (slots_k or flags["PER_HEAD"])
+    many = k.shape[1] if together else heads
+    to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
+    part = q.new_empty(batch * many * slots_k * 2, N, D, dtype=torch.float32)
+    plan, grid = _plan(2, N, q, n_k, k_offsets, lists, tile)
+    kernels.gradient_kv[grid, batch * many](
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan),
+        d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
+        *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
+    )  # fmt: skip
+    if slots_k:
+        _total(lists[7], part, to_k, many, n_k, slots_k, 2 * N, 0, D, N)
+        _total(lists[7], part, to_v, many, n_k, slots_k, 2 * N, N, D, N)
+    if not together:
+        d_k, d_v = (t.view(batch, -1, group, n_k, width).sum(2).to(k.dtype) for t in (to_k, to_v))
+    return d_q, d_k, d_v, d_bias
+
+
+def _total(
+    joins: Tensor, part: Tensor, out: Tensor, heads: int, n: int, slots: int, stride: int, offset: int, D: int, M: int
+) -> None:
+    from hippodrome.ops.attention import _kernels as kernels
+
+    kernels.total[joins.shape[1], out.shape[0] * heads](
+        joins, part, out, heads, n, out.shape[3], joins.shape[1], slots, stride, offset, *_strides(out), D=D, M=M,
+        PER_HEAD=joins.shape[0] > 1,
+    )  # fmt: skip
+
+
+def _gradients(q: Tensor, k: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (*q.shape[:3], k.shape[2]) if of_bias else (0,)
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@_fused_backward.register_fake
+def _(d_y: Any, d_lse: Any, y: Any, lse: Any, q: Tensor, k: Tensor, v: Any, bias: Tensor | None, *rest: Any) -> Any:
+    return _gradients(q, k, bias, rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, lists = inputs[:9]
+    ctx.numbers = inputs[9:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *tensors, *lists)
+
+
+def _grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+    y, lse, *rest = ctx.saved_tensors
+    tensors, lists = rest[:8], rest[8:]
+    bias = tensors[3]
+    of_bias = bias is not None and ctx.needs_input_grad[3]
+    d_y = torch.zeros_like(y) if d_y is None else _lines(d_y)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, lists, *ctx.numbers, of_bias)
+    none = [None] * len(lists)
+    return *grads, d_bias.to(bias.dtype) if of_bias else None, None, None, None, None, none, *[None] * len(ctx.numbers)
+
+
+_fused.register_autograd(_grad, setup_context=_save)
+
+
+def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, tile: int) -> int:
+    """Pairs of a query and a key that are worked on: those of kept tiles, or within an interval's triangle or band."""
+    rows, n_q, n_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
+    if tile:
+        heads = lists[0].shape[0]
+        return q.shape[0] * lists[1].shape[0] * tile * tile * (1 if heads > 1 else q.shape[1])
+    triangle = n_q * n_k - n_q * (n_q - 1) // 2 if n_k >= n_q else n_k * (n_k + 1) // 2
+    if code == CODES[Full]:
+        return rows * n_q * n_k
+    bound = {CODES[Window]: n_q * (a + r), CODES[Chunk]: n_q * (a + 1) // 2}.get(code, triangle)
+    return rows * min(bound, triangle if not r else n_q * n_k)
+
+
+def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
+    """Two products, two a multiply-add. Packs are counted as if one document."""
+    return 4 * q.shape[3] * _pairs(q, k, lists, code, a, r, tile)
+
+
+def _flops_backward(d_y: Any, d_lse: Any, y: Any, lse: Any, *rest: Any, **out: Any) -> int:
+    """Seven products: scores and the weights' gradients are made twice, so that no sum has two owners."""
+    return 7 * _flops(*rest) // 2
+
+
+count_flops({torch.ops.hippodrome.attention_fused: _flops, torch.ops.hippodrome.attention_fused_backward: _flops_backward})

@@ -1,0 +1,122 @@
+"""Perceiver AR (Hawthorne et al., ICML 2022): contexts longer than the latents that read them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from hippodrome.channels.mlp import Mlp
+from hippodrome.embeds.tokens import Tokens
+from hippodrome.mixers.attention import Attention
+from hippodrome.model import BlockConfig
+from hippodrome.models.perceiver_ar import PerceiverAR
+from hippodrome.part import BadInput
+from hippodrome.readouts.lm import Lm as LmReadout
+from hippodrome.recipes._lm import BUDGET, Text
+from hippodrome.recipes._mirror_copy import COPY
+from hippodrome.run import RunConfig, TrainConfig
+from hippodrome.tasks.lm import Lm
+from hippodrome.tasks.mirror_copy import MirrorCopy
+
+LONG = Text(length=1024)
+
+
+def perceiver_ar(
+    *,
+    n_layer: int = 4,
+    d_model: int = 256,
+    d_ff: int | None = None,
+    n_head: int = 4,
+    latents: int = 256,
+    eval_latents: int | None = None,
+    stride: int | None = None,
+    dropout: float = 0.0,
+    text: Text = LONG,
+    train: TrainConfig = BUDGET,
+) -> RunConfig:
+    """Perceiver AR language model: the last tokens read all of the context once.
+
+    Args:
+        n_layer: Blocks over the latents, behind the cross-attention.
+        d_model: Width.
+        d_ff: Width inside the MLPs; None: 4 d_model.
+        n_head: Attention heads.
+        latents: Tokens at the end of a row that are latents and targets in training.
+        eval_latents: Latents in scoring and generation; None: as in training.
+        stride: New tokens scored a pass; None: half of the latents.
+        dropout: Of the embeddings and of what each block adds.
+    """
+    task = Lm.Config(**asdict(text), seed=train.seed)
+    settings: dict[str, Any] = {
+        "eval_latents": eval_latents,
+        "stride": stride,
+        "crop": 1,
+        "wavelength": float(max(2, text.length)),
+    }
+    model = _model(task.ids, n_layer, d_model, d_ff, n_head, latents, dropout, "rotary", settings)
+    return RunConfig(model=model, task=task, train=train)
+
+
+def mirror_copy(
+    *,
+    length: int = 32,
+    n_layer: int = 1,
+    d_model: int = 128,
+    n_head: int = 4,
+    latents: int | None = None,
+    eval_latents: int | None = None,
+    stride: int | None = None,
+    positions: Literal["sines", "rotary"] = "sines",
+    rows: int = 200,
+    train: TrainConfig = COPY,
+) -> RunConfig:
+    """Perceiver AR on the mirror copy: a sequence backwards (the paper: solved at 131,072 tokens with 1,024 latents).
+
+    Args:
+        length: Inputs of a row, twice what is copied.
+        n_layer: Blocks over the latents, behind the cross-attention.
+        d_model: Width.
+        n_head: Attention heads.
+        latents: Tokens at the end of a row that are latents and targets in training; None: half of the row, at most 1024.
+        eval_latents: Latents in scoring; None: as in training.
+        stride: New tokens scored a pass; None: half of the latents.
+        positions: Fixed sines of the position, as the paper, or rotary.
+        rows: Of the test split, and of the valid split.
+    """
+    task = MirrorCopy.Config(length=length, test_rows=rows, seed=train.seed)
+    latents = min(1024, length // 2) if latents is None else latents
+    settings: dict[str, Any] = {"eval_latents": eval_latents, "stride": stride, "crop": max(1, length // 2)}
+    settings |= {"wavelength": float(max(2, length)), "rotary": 0.5 if positions == "rotary" else 0.0}
+    model = _model(task.vocab_size, n_layer, d_model, None, n_head, latents, 0.0, positions, settings)
+    return RunConfig(model=model, task=task, train=train)
+
+
+def _model(
+    ids: int,
+    n_layer: int,
+    d_model: int,
+    d_ff: int | None,
+    n_head: int,
+    latents: int,
+    dropout: float,
+    positions: str,
+    settings: dict[str, Any],
+) -> PerceiverAR.Config:
+    if n_head < 1 or d_model % n_head:
+        raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
+    if n_layer < 1:
+        raise BadInput("n_layer is 0: a model needs at least one block")
+    rotary_dim = d_model // n_head // 4 * 2 if positions == "rotary" else 0
+    mixer = Attention.Config(n_head=n_head, rotary_dim=rotary_dim, rotary_base=settings["wavelength"], rotary_closed=True)
+    channel = Mlp.Config(d_ff=d_ff, activation="relu2")
+    return PerceiverAR.Config(
+        d_model=d_model,
+        blocks=(BlockConfig(mixer=mixer, channel=channel, dropout=dropout),) * n_layer,
+        embed=Tokens.Config(vocab_size=ids, sines=None if positions == "rotary" else 10000.0, dropout=dropout),
+        readout=LmReadout.Config(tied=False),
+        latents=latents,
+        n_head=n_head,
+        channel=channel,
+        dropout=dropout,
+        **settings,
+    )

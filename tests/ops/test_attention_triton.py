@@ -1,0 +1,230 @@
+"""attention by its Triton programs: in the interpreter on CPU tensors, and on the device."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hippodrome.ops._flops import register_flops
+from hippodrome.ops._op import use_backend
+from hippodrome.ops.attention import _tiles, attention
+from hippodrome.ops.attention import triton as backend
+from hippodrome.part import BadInput
+from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Prefix, Strided, Window
+from tests.support import interpreted
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The leaves take CPU tensors too, and fresh memory is NaN: what reads what was never written shows it."""
+    for leaf in (backend._fused, backend._fused_backward):
+        leaf.register_kernel("cpu")(leaf._init_fn)
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _tiles.lists.cache_clear()
+    yield
+    _tiles.lists.cache_clear()
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def run(call, pattern, shape, dtype, device, with_bias=False, **options):
+    """Output, lse and gradients, of a fixed random projection of both."""
+    batch, heads, groups, n_q, n_k, width = shape
+    dice = torch.Generator().manual_seed(0)
+    wide = [(heads, n_q), (groups, n_k), (groups, n_k)]
+    given = [torch.randn(batch, h, n, width, generator=dice, dtype=torch.float64) for h, n in wide]
+    if with_bias:
+        given.append(torch.randn(1, heads, n_q, n_k, generator=dice, dtype=torch.float64))
+    weights = torch.randn(batch, heads, n_q, width + 1, generator=dice, dtype=torch.float64).to(device)
+    rounded = torch.float64 if call is attention.reference else dtype
+    leaves = [t.to(device, dtype).to(rounded).requires_grad_() for t in given]
+    bias = leaves[3] if with_bias else None
+    y, lse = call(*leaves[:3], pattern, bias=bias, return_lse=True, **options)
+    seen = torch.where(lse.isinf(), 0, lse)
+    ((y.double() * weights[..., :-1]).sum() + (seen.double() * weights[..., -1]).sum()).backward()
+    return [y.detach(), lse.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_same(call, pattern, shape, dtype=torch.float32, device="cpu", **options):
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    exact = run(attention.reference, pattern, shape, dtype, device, **options)
+    found = run(call, pattern, shape, dtype, device, **options)
+    assert torch.equal(exact[1].isinf(), found[1].isinf())
+    for got, right in zip(found, exact, strict=True):
+        got, right = (t.double().masked_fill(t.isinf(), 0) for t in (got, right))
+        assert (got - right).norm() <= tolerance * right.norm() + 1e-5  # of one key the gradients are zero
+    return found
+
+
+PATTERNS = {
+    "full": Full(),
+    "causal": Causal(),
+    "window": Window(20),
+    "window that looks ahead": Window(20, right=5),
+    "wide window": Window(300, right=3),
+    "chunk": Chunk(24),
+    "prefix": Prefix(30),
+    "butterfly": Butterfly(16, 2),
+    "causal butterfly": Butterfly(32) & Causal(),
+    "causal BigBird": BigBird(tile=16),
+    "strided": Strided(7) & Causal(),
+    "either": Global(5) | Window(9),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("lengths", [(1, 1), (70, 70), (33, 140), (70, 33)], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_in_the_interpreter(on_cpu, name, lengths):
+    if (lengths[1] - lengths[0]) % 16 and "BigBird" in name:
+        pytest.skip("BigBird's tiles are those of positions")
+    assert_same(backend._triton, PATTERNS[name], (1, 2, 1, *lengths, 16))
+
+
+OPTIONS = {
+    "bias": {"with_bias": True},
+    "softcap and slopes": {"softcap": 2.0, "slopes": torch.tensor([0.1, 0.2])},
+    "dropout": {"dropout": 0.3, "seed": 5},
+    "a negative scale": {"scale": -0.3},
+    "pack": {"offsets": torch.tensor([0, 10, 10, 43, 70])},
+    "pack with all": {
+        "offsets": torch.tensor([0, 10, 10, 43, 70]),
+        "k_offsets": torch.tensor([0, 20, 23, 60, 80]),
+        "dropout": 0.2,
+        "seed": 2**40 + 7,
+        "with_bias": True,
+    },
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_in_the_interpreter(on_cpu, name):
+    n_k = 80 if "k_offsets" in OPTIONS[name] else 70
+    assert_same(backend._triton, Causal(), (1, 2, 2, 70, n_k, 16), **OPTIONS[name])
+
+
+@interpreted
+def test_options_on_lists_of_tiles(on_cpu):
+    options = {"with_bias": True, "softcap": 3.0, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 5}
+    assert_same(backend._triton, Butterfly(32) & Causal(), (2, 2, 1, 100, 100, 24), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [16, 72])
+def test_a_step_may_be_a_share_of_a_listed_tile(on_cpu, width):
+    assert_same(backend._triton, Butterfly(128) & Causal(), (1, 1, 1, 300, 300, width), torch.float16)
+
+
+@interpreted
+def test_half_precision_and_padded_widths(on_cpu):
+    assert_same(backend._triton, Causal(), (2, 4, 2, 70, 70, 40), torch.float16)
+
+
+@interpreted
+def test_few_queries_share_out_the_keys(on_cpu):
+    assert_same(backend._triton, Causal(), (1, 1, 1, 3, 1500, 16))
+
+
+@interpreted
+def test_long_rows_are_cut(on_cpu, monkeypatch):
+    monkeypatch.setattr(_tiles, "LONGEST", 2)
+    pattern = BigBird(tile=16, n_random=0, form="encoder", length=250).sized(250, 2)
+    assert _tiles.lists(pattern, 250, 250, 2, 16, torch.device("cpu"))[0].slots
+    assert_same(backend._triton, pattern, (1, 2, 1, 250, 250, 16))
+
+
+@interpreted
+def test_a_tile_listed_twice_counts_twice(on_cpu):
+    table = (((3, 3), (4, 0), (5, 0), (1, 1)),) * 2
+    pattern = BigBird(tile=16, n_random=2, form="encoder", length=90, multiset=True, table=table)
+    assert_same(backend._triton, pattern, (1, 2, 1, 90, 90, 16))
+
+
+@interpreted
+def test_flops_are_those_of_kept_tiles(on_cpu):
+    register_flops()
+    q = torch.randn(1, 1, 128, 16)
+    with FlopCounterMode(display=False) as dense:
+        backend._triton(q, q, q, Full())
+    with FlopCounterMode(display=False) as sparse:
+        backend._triton(q, q, q, Butterfly(16, 1))
+    assert dense.get_total_flops() == 4 * 128 * 128 * 16
+    assert sparse.get_total_flops() == dense.get_total_flops() // 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "reason"),
+    [(Full(), {}, None), (Strided(7), {"offsets": torch.tensor([0, 8])}, "one list"), (Full(), {"placed": True}, "positions")],
+)
+def test_what_the_kernels_cannot_take(pattern, options, reason):
+    q = torch.randn(1, 2, 8, 16)
+    said = backend.unfit(q, q, q, pattern, options.get("placed", False), options.get("offsets"), None, None)
+    assert said is None if reason is None else reason in said
+
+
+def test_dense_calls_are_left_to_torch_unless_they_want_more():
+    q = torch.randn(1, 2, 8, 16)
+    assert "torch" in backend._yields(q, q, q, Causal())
+    assert backend._yields(q, q, q, Causal(), return_lse=True) is None
+    assert backend._yields(q, q, q, Butterfly(16)) is None
+
+
+def forced(*args, **options):
+    with use_backend("triton"):
+        return attention(*args, **options)
+
+
+def test_float64_asked_of_the_gpu_is_one_line(monkeypatch):
+    """With tensors that only say that they are on a GPU."""
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    with FakeTensorMode(), use_backend("triton"):
+        q = torch.zeros(1, 2, 4, 8, dtype=torch.float64, device="cuda")
+        with pytest.raises(BadInput, match=r"'triton' asked for: .*float64.*it takes one of .*float32") as raised:
+            attention(q, q, q, Causal())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("width", [40, 64, 128, 256])
+def test_lengths_and_widths_on_the_device(length, width):
+    shape = (1, 4, 2, length, length, width)
+    found = assert_same(forced, Causal(), shape, torch.bfloat16, "cuda")
+    again = run(forced, Causal(), shape, torch.bfloat16, "cuda")
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_on_the_device(name, dtype):
+    assert_same(forced, PATTERNS[name], (2, 4, 2, 1000, 1000, 64), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_on_the_device(name):
+    options = {key: t.cuda() if isinstance(t, torch.Tensor) else t for key, t in OPTIONS[name].items()}
+    n_k = 80 if "k_offsets" in options else 70
+    assert_same(forced, Causal(), (1, 2, 2, 70, n_k, 64), torch.bfloat16, "cuda", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_long_sparse_calls_on_the_device(tile):
+    """At 64K a dense reference does not fit: the same tiles as a dense call over each row's keys."""
+    length = 1 << 16
+    dice = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 1, length, 64, device="cuda", dtype=torch.bfloat16, generator=dice) for _ in range(3))
+    pattern = Butterfly(tile)
+    y = forced(q, k, v, pattern)
+    kept = pattern.kept(length, length, tile)
+    for row in (0, 1, length // tile - 1):
+        columns = kept.columns[kept.rows[row] : kept.rows[row + 1]].long()
+        at = (columns[:, None] * tile + torch.arange(tile)).flatten().cuda()
+        some = slice(row * tile, row * tile + tile)
+        exact = attention.reference(q[:, :, some].double(), k[:, :, at].double(), v[:, :, at].double(), Full())
+        assert (y[:, :, some] - exact).norm() <= 1e-2 * exact.norm()

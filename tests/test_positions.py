@@ -1,0 +1,64 @@
+"""Positions: ALiBi's slopes and T5's buckets, as their papers and their authors' code have them."""
+
+import pytest
+import torch
+
+from hippodrome.mixers.attention import Attention
+from hippodrome.part import BadInput
+from hippodrome.patterns import Causal
+from hippodrome.positions import Alibi, Rotary, T5Bias
+from tests.support import assert_close, build
+
+
+def test_slopes_are_a_geometric_series():
+    assert_close(Alibi().slopes(8), torch.tensor([2.0**-n for n in range(1, 9)]), 0)
+    assert_close(Alibi().slopes(1), torch.tensor([2.0**-8]), 0)
+
+
+def test_slopes_of_other_head_counts_come_from_twice_as_many():
+    expected = [2.0**-n for n in range(1, 9)] + [2.0**-n for n in (0.5, 1.5, 2.5, 3.5)]
+    assert_close(Alibi().slopes(12), torch.tensor(expected), 1e-6)
+    assert Alibi().slopes(3).shape == (3,)
+
+
+def test_buckets_are_exact_near_and_logarithmic_far():
+    bucket = T5Bias().bucket(torch.tensor(1000), 1000 - torch.arange(1000))
+    assert bucket[:16].tolist() == list(range(16))
+    # 16 + floor(16 ln(d / 16) / ln 8), the last for all from 128 on.
+    assert bucket[torch.tensor([16, 20, 32, 64, 127, 128, 999])].tolist() == [16, 17, 21, 26, 31, 31, 31]
+    assert (bucket.diff() >= 0).all()
+    assert not T5Bias().bucket(torch.tensor(3), torch.arange(3, 9)).any()
+
+
+def test_both_ways_halve_the_buckets():
+    position = T5Bias(bidirectional=True)
+    after = position.bucket(torch.tensor(0), torch.tensor([0, 1, 7, 8, 500]))
+    before = position.bucket(torch.tensor([0, 1, 7, 8, 500]), torch.tensor(0))
+    assert before.tolist() == [0, 1, 7, 8, 15]
+    assert after.tolist() == [0, 17, 23, 24, 31]
+
+
+@pytest.mark.parametrize("arguments", [{"buckets": 1}, {"buckets": 6, "bidirectional": True}, {"max_distance": 16}])
+def test_buckets_that_cannot_be_are_refused(arguments):
+    with pytest.raises(BadInput, match="T5Bias has"):
+        T5Bias(**arguments)
+
+
+@pytest.mark.parametrize("position", [Alibi(), T5Bias(buckets=4, max_distance=6)])
+def test_the_mixer_adds_them_to_its_scores(position):
+    mixer, x = build(Attention.Config(n_head=2, position=position), 8), torch.randn(1, 9, 8)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in mixer.Wqkv(x).split(8, -1))
+    at = torch.arange(9)
+    if isinstance(position, Alibi):
+        bias = -position.slopes(2)[:, None, None] * (at[:, None] - at).abs()
+    else:
+        bias = mixer.distance_bias[position.bucket(at[:, None], at)].permute(2, 0, 1)
+    hidden = ~Causal().mask(9, 9)
+    p = (q @ k.transpose(-1, -2) / 2 + bias).masked_fill(hidden, -torch.inf).softmax(-1)
+    assert_close(mixer(x)[0], mixer.out_proj((p @ v).transpose(1, 2).flatten(2)))
+
+
+def test_rotary_is_the_old_field():
+    old, new = (build(config, 8) for config in (Attention.Config(rotary_dim=2), Attention.Config(position=Rotary(2))))
+    x = torch.randn(1, 5, 8)
+    assert torch.equal(old(x)[0], new(x)[0])
