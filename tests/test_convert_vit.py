@@ -162,7 +162,7 @@ def test_a_grid_that_is_no_square_has_to_be_told(tmp_path):
     path = write_npz(tmp_path / "weights.npz", weights_of("vit_tiny_gap_rect"))
     with pytest.raises(BadInput, match="15 positions are no square of patches: give"):
         convert_vit(path, tmp_path / "out")
-    with pytest.raises(BadInput, match="and no 6 x 6"):
+    with pytest.raises(BadInput, match="nor 6 x 6"):
         convert_vit(path, tmp_path / "out", image_size=(24,))
 
 
