@@ -211,7 +211,7 @@ def _fused(
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     y, lse = _outputs(q)
     batch, heads, n_q, width = q.shape
-    D, M, N, ways = _layout(0, q, k, call)
+    D, M, N, ways = _layout(0, q, bias is not None, call)
     split, slots, joins = _split(q, k, M, call, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
@@ -240,7 +240,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
-def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int, dict[str, Any]]:
+def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, int, dict[str, Any]]:
     """Padded width, queries and keys of a tile, and what else a kernel is compiled with."""
     D = max(16, 1 << (q.shape[3] - 1).bit_length())
     M, N, warps, stages = BLOCKS[max(64, D)][role]
@@ -253,6 +253,11 @@ def _layout(role: int, q: Tensor, k: Tensor, call: Call) -> tuple[int, int, int,
         M, N, warps, stages = _list_layout(role, call.tile, D, wide)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
+    if biased:  # a tile of it in float32, and as many as there are stages, lie in shared memory too
+        M, N = (min(side, max(64, call.tile if own else 0)) for side, own in ((M, role < 2), (N, role == 2)))
+        stages = min(stages, 2 if D <= 128 else 1)
+        if role == 2 and not call.tile and not wide and D <= 128:
+            M, warps = (min(M, 64), 4) if D <= 64 else (min(M, 32), 8)
     return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
 
 
@@ -363,7 +368,7 @@ def _fused_backward(
     d_bias.zero_()
     delta = torch.empty_like(lse)
     flags = _flags(call, bias, slopes, offsets, lists)
-    D, M, N, ways = _layout(1, q, k, call)
+    D, M, N, ways = _layout(1, q, bias is not None, call)
     kernels.dot_products[-(-n_q // 64), rows](
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
     )
@@ -376,7 +381,7 @@ def _fused_backward(
     )  # fmt: skip
     if slots_q:
         _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
-    D, M, N, ways = _layout(2, q, k, call)
+    D, M, N, ways = _layout(2, q, bias is not None, call)
     together = group == 1 or not (slots_k or flags["PER_HEAD"])
     many = k.shape[1] if together else heads
     to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
