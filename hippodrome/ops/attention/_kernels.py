@@ -5,6 +5,9 @@ side that it meets. Which they are follows from a few integers (CODE: an interva
 or from a list (LIST: tiles of T, kept once; several small ones are gathered into one step). Only tiles on an edge pay for a
 predicate. Statistics and sums are float32 and exponentials base 2; every sum has one owner and one order, so that two runs give
 the same bits. Where one row is much longer than the others it is cut, and `merge` or `total` joins the pieces in their order.
+
+The loop over listed tiles that are partly visible is not pipelined. It is short, and with it pipelined causal BigBird in tiles
+of 64 was wrong on an H100 (Triton 3.6.0) from lists that are right and in the interpreter give the right values.
 """
 
 import triton

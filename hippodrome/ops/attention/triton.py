@@ -215,7 +215,7 @@ def _fused(
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     y, lse = _outputs(q)
     batch, heads, n_q, width = q.shape
-    D, M, N, ways = _layout(0, q, k, call, bias is not None)
+    D, M, N, ways = _layout(0, q, bias is not None, call)
     split, slots, joins = _split(q, k, M, call, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
@@ -244,23 +244,24 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
-def _layout(role: int, q: Tensor, k: Tensor, call: Call, biased: bool) -> tuple[int, int, int, dict[str, Any]]:
+def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, int, dict[str, Any]]:
     """Padded width, queries and keys of a tile, and what else a kernel is compiled with."""
     D = max(16, 1 << (q.shape[3] - 1).bit_length())
     M, N, warps, stages = BLOCKS[max(64, D)][role]
     wide = q.dtype == torch.float32
     if wide:
         M, N, warps, stages = min(M, 64), min(N, 32), 4, 1
-    if biased:
-        # Its tiles are staged in shared memory as those of the keys are, and may be twice as wide.
-        M, N, warps = min(M, 64), min(N, 64), 4
     if call.code in (CODES[Window], CODES[Chunk]) and call.a <= NARROW:
         M, N, warps = min(M, 64), min(N, 64), 4
     if call.tile:
         M, N, warps, stages = _list_layout(role, call.tile, D, wide)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
-    stages = 1 if biased else stages
+    if biased:  # a tile of it in float32, and as many as there are stages, lie in shared memory too
+        M, N = (min(side, max(64, call.tile if own else 0)) for side, own in ((M, role < 2), (N, role == 2)))
+        stages = min(stages, 2 if D <= 128 else 1)
+        if role == 2 and not call.tile and not wide and D <= 128:
+            M, warps = (min(M, 64), 4) if D <= 64 else (min(M, 32), 8)
     return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
 
 
@@ -371,7 +372,7 @@ def _fused_backward(
     d_bias.zero_()
     delta = torch.empty_like(lse)
     flags = _flags(call, bias, slopes, offsets, lists)
-    D, M, N, ways = _layout(1, q, k, call, bias is not None)
+    D, M, N, ways = _layout(1, q, bias is not None, call)
     kernels.dot_products[-(-n_q // 64), rows](
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
     )
@@ -384,7 +385,7 @@ def _fused_backward(
     )  # fmt: skip
     if slots_q:
         _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
-    D, M, N, ways = _layout(2, q, k, call, bias is not None)
+    D, M, N, ways = _layout(2, q, bias is not None, call)
     together = group == 1 or not (slots_k or flags["PER_HEAD"])
     many = k.shape[1] if together else heads
     to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
