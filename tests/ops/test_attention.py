@@ -120,7 +120,7 @@ def test_half_precision_has_fp32_statistics():
 
 def test_the_op_says_which_backend_it_takes_and_why_not():
     q, k, v = inputs(4, 4)
-    assert attention.explain(q, k, v, Causal()) == {"sdpa": "ok", "reference": "ok"}
+    assert attention.explain(q, k, v, Causal()) == {"triton": "the tensor is on cpu", "sdpa": "ok", "reference": "ok"}
     reasons = attention.explain(q, k.bfloat16(), v, Causal())
     assert reasons["reference"] == "ok"
     assert "torch.bfloat16" in reasons["sdpa"]
