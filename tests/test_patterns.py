@@ -5,6 +5,7 @@ import torch
 
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import (
+    BigBird,
     Butterfly,
     Causal,
     Chunk,
@@ -142,3 +143,44 @@ def test_patterns_are_told_apart_by_name():
         assert from_dict(Pattern, to_dict(pattern)) == pattern
     with pytest.raises(BadInput, match="did you mean 'Window'"):
         from_dict(Pattern, {"choice": "Windw", "size": 3})
+
+
+def twice(tile, column):
+    """BigBird over 96 tokens whose random tiles are one tile, listed twice."""
+    rows = ((column, column),) * (96 // tile - 2)
+    return BigBird(tile=tile, form="encoder", length=96, multiset=True, table=(rows,), n_random=2)
+
+
+def listed(pattern, tile):
+    """How often each pair is looked at that is visible, by the lists of kept tiles."""
+    kept, times = pattern.kept(96, 96, tile), torch.zeros(96, 96, dtype=torch.int64)
+    for row in range(96 // tile):
+        for column in kept.columns[kept.rows[row] : kept.rows[row + 1]].tolist():
+            times[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile] += 1
+    return times * pattern.mask(96, 96)
+
+
+@pytest.mark.parametrize("combined", [twice(16, 3) & twice(24, 2), twice(16, 3) | twice(24, 2), twice(16, 3) | Window(size=9)])
+def test_combined_multisets_are_listed_as_often_as_they_count(combined):
+    at = torch.arange(96)
+    count = combined.count(torch.tensor(0), at[:, None], at[None]) * combined.mask(96, 96)
+    assert count.max() > 1
+    assert torch.equal(listed(combined, 8), count)
+
+
+def test_tiles_that_count_unevenly_are_refused():
+    with pytest.raises(BadInput, match="take a divisor of 8"):
+        (twice(16, 3) & twice(24, 2)).kept(96, 96, 16)
+    # Where the window hides a key that BigBird counts twice, Full shows it once.
+    with pytest.raises(BadInput, match="take a divisor of 1"):
+        ((twice(16, 3) & Window(size=5, right=60)) | Full()).kept(96, 96, 8)
+
+
+def test_random_tiles_of_a_length_look_both_ways_however_short_it_is():
+    assert not Random(tile=64, length=32).causal
+    assert Random(tile=64, length=32).mask(8, 8).all()
+
+
+def test_a_spelling_that_no_literal_is_is_refused():
+    with pytest.raises(BadInput, match="cannot be read"):
+        spelled("window(size={[1]})")

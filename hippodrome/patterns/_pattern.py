@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -157,8 +158,8 @@ class _Combined(Pattern):
 
     @property
     def count_tile(self) -> int | None:
-        sides = {part.count_tile for part in self.parts} - {None}
-        return min(side for side in sides if side) if sides else None
+        sides = [part.count_tile for part in self.parts if part.count_tile is not None]
+        return math.gcd(*sides) if sides else None
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,12 @@ class Or(_Combined):
         # Parts that each show a piece of a tile may show it whole together.
         partial = sum(each[0] for each in found)
         return some, _refined(self, head, box, every, ~every & (partial > 1), 1)
+
+    @property
+    def count_tile(self) -> int | None:
+        # Within its tiles an And may hide a key that counts twice, and another part show it once.
+        cut = any(isinstance(part, And) and part.count_tile is not None for part in self.parts)
+        return 1 if cut else super().count_tile
 
     @property
     def causal(self) -> bool:

@@ -155,7 +155,7 @@ class Documents(Pattern):
 
     def _document(self, position: Tensor) -> Tensor:
         ends = torch.tensor(self.lengths, device=position.device).cumsum(0)
-        return torch.bucketize(position, ends, right=True)
+        return torch.bucketize(position.contiguous(), ends, right=True)
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self._document(q) == self._document(k)

@@ -61,7 +61,7 @@ def _literal(node: ast.expr, text: str) -> Any:
         return node.id
     try:
         value = ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise _unreadable(text) from None
     return list(value) if isinstance(value, tuple) else value
 

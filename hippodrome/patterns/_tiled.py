@@ -140,7 +140,7 @@ class Random(TilePattern):
 
     @property
     def causal(self) -> bool:
-        return self.length is None or self.length <= self.tile
+        return self.length is None
 
     @property
     def by_head(self) -> bool:
@@ -167,7 +167,8 @@ def draws(seed: int, head: Tensor, row: Tensor, n: Tensor, slots: int) -> list[T
 
 def _hash(seed: int, head: Tensor, row: Tensor, slot: int) -> Tensor:
     """31 bits of (seed, head, row, slot): the finaliser of MurmurHash3 on 32-bit words, once a word."""
-    mixed = _mixed(torch.as_tensor(seed & 0xFFFFFFFF, dtype=torch.int64, device=row.device))
+    # Filled on the device, as a copy from the host would make it wait and cannot be part of a CUDA graph.
+    mixed = _mixed(torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=row.device))
     for word in (head.long(), row.long(), slot):
         mixed = _mixed((mixed ^ word) + 0x9E3779B9 & 0xFFFFFFFF)
     return (mixed >> 1).to(torch.promote_types(head.dtype, row.dtype))

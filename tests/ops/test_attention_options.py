@@ -12,7 +12,7 @@ from hippodrome.ops._op import use_backend
 from hippodrome.ops.attention import attention, merge
 from hippodrome.ops.attention._philox import kept, philox, uniform
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal, Full, Pattern, Window
+from hippodrome.patterns import BigBird, Causal, Full, Pattern, Window
 from tests.ops.test_attention import inputs
 from tests.support import assert_close, interpreted
 
@@ -414,6 +414,32 @@ def test_sdpa_says_what_it_cannot_do():
         (half, {"bias": torch.ones(4, 4)}, "rounded"),
     ):
         assert reason in attention.explain(*given, Causal(), **options)["sdpa"]
+
+
+def test_a_mask_of_many_heads_is_left_to_the_reference():
+    """Slopes and patterns that differ by head write a mask a head, which must not fill the memory."""
+    q = torch.empty(1).expand(1, 12, 1 << 15, 8)
+    slopes = torch.ones(12)
+    assert attention.choose(q, q, q, Causal(), slopes=slopes) == "reference"
+    assert attention.choose(q, q, q, BigBird()) == "reference"
+    assert attention.choose(q, q, q, Causal()) == "sdpa"
+    with use_backend("sdpa"), pytest.raises(BadInput, match=r"a mask of 48\.0 GiB does not fit memory"):
+        attention(q, q, q, Causal(), slopes=slopes)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_may_be_negative_or_zero(scale):
+    q, k, v = inputs(9, 9)
+    with use_backend("sdpa"):
+        assert_close(attention(q, k, v, Causal(), scale=scale), attention.reference(q, k, v, Causal(), scale=scale))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_no_key_and_no_sequence_are_no_trouble(backend):
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 0, 8)
+    with use_backend(backend):
+        assert torch.equal(attention(q, k, k, Full()), torch.zeros_like(q))
+        assert attention(q[:0], k[:0], k[:0], Full()).shape == (0, 4, 3, 8)
 
 
 @interpreted

@@ -200,7 +200,9 @@ def _attend(
 
 def _per_group(a: Tensor, b: Tensor) -> Tensor:
     """a (B, H, n, X) times b (B, G, X, Y), of which each serves H / G heads: (B, H, n, Y)."""
-    return (a.reshape(*b.shape[:2], -1, a.shape[-1]) @ b).reshape(*a.shape[:3], b.shape[-1])
+    batch, heads, n, width = a.shape
+    served = a.reshape(batch, b.shape[1], heads // b.shape[1] * n, width) @ b
+    return served.reshape(batch, heads, n, b.shape[-1])
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

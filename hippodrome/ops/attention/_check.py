@@ -78,7 +78,7 @@ def _check_positions(name: str, position: Tensor | None, of: Tensor) -> None:
     if position.ndim != 2 or position.shape[0] not in (1, batch) or position.shape[1] != length:
         raise BadInput(f"{name} is {_sizes(position)}: it must be ({batch}, {length}) or (1, {length})")
     if position.dtype not in _INTEGERS:
-        raise BadInput(f"{name} is {position.dtype}: it must be int64")
+        raise BadInput(f"{name} is {position.dtype}: it must be int64, or int32")
 
 
 def _check_pack(q: Tensor, k: Tensor, offsets: Tensor | None, k_offsets: Tensor | None) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from hippodrome.ops.attention import Places, attention
 from hippodrome.patterns import Causal, Full, Pattern
 
-_PAIRS = 1 << 31
-"""More pairs than this are no mask: the reference works in slices."""
+_MASK = 1 << 31
+"""Bytes of the largest mask that is written down: above, the reference works in slices."""
 
 
 def _why_not(
@@ -41,9 +41,8 @@ def _why_not(
     given["counts of keys"] = pattern.count(*Places.of(q[:, :, :1], k[:, :, :1]).pairs(1)) is not None
     for name in (name for name, wide in given.items() if wide and q.dtype not in (torch.float32, torch.float64)):
         return f"{name} would be rounded to {q.dtype}"
-    if _needs_mask(q, k, pattern, **places) and q.shape[0] * q.shape[2] * k.shape[2] > _PAIRS:
-        return f"a mask of {q.shape[0]} x {q.shape[2]} x {k.shape[2]} does not fit memory"
-    return None
+    size = _mask_bytes(q, k, pattern, bias, slopes, given["counts of keys"], **places)
+    return f"a mask of {size / 2**30:.1f} GiB does not fit memory" if size > _MASK else None
 
 
 @attention.backend("sdpa", why_not=_why_not)
@@ -66,6 +65,9 @@ def _sdpa(
     at = Places.of(q, k, **places)
     added = _added(q, at, pattern, bias, slopes)
     masked = _needs_mask(q, k, pattern, **places)
+    if scale is not None and scale <= 0:
+        # torch's causal kernels hide scores before they scale them: NaN where the scale is negative or 0.
+        q, grouped["scale"] = q * (-1 if scale < 0 else 0), -scale or 1.0
     if added is None and not masked:
         # A single query is the last: it sees every key.
         square = type(pattern) is Causal and q.shape[2] > 1
@@ -88,6 +90,19 @@ def _needs_mask(q: Tensor, k: Tensor, pattern: Pattern, **places: Tensor | None)
         return True
     # torch's causal flag aligns the first query with the first key, ours the last with the last.
     return type(pattern) is not Full and not (type(pattern) is Causal and q.shape[2] in (1, k.shape[2]))
+
+
+def _mask_bytes(
+    q: Tensor, k: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counts: bool, **places: Tensor | None
+) -> int:
+    """Bytes of the mask that a call needs; 0: none."""
+    added = bias is not None or slopes is not None or counts
+    if not added and not _needs_mask(q, k, pattern, **places):
+        return 0
+    of_batch = any(t is not None for t in places.values()) or (bias is not None and bias.ndim == 4 and bias.shape[0] > 1)
+    of_heads = pattern.by_head or slopes is not None or (bias is not None and bias.ndim > 2 and bias.shape[-3] > 1)
+    rows = (q.shape[0] if of_batch else 1) * (q.shape[1] if of_heads else 1)
+    return rows * q.shape[2] * k.shape[2] * (q.element_size() if added else 1)
 
 
 def _added(q: Tensor, at: Places, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None) -> Tensor | None:
