@@ -270,7 +270,7 @@ class Model(nn.Module):
         return None
 
     def score_with(self, latents: int | None = None, stride: int | None = None) -> None:
-        """Change the protocol; None: as it is. Raises `BadInput` where there is none."""
+        """Change the protocol, as `models/perceiver_ar.py` says. Raises `BadInput` where there is none."""
         raise BadInput(f"latents and stride are Perceiver AR's: the logits of a {type(self).__name__} depend on neither")
 
     def forward(self, inputs: Tensor, state: ModelState | None = None, *, lengths: Tensor | None = None) -> Output:

@@ -22,6 +22,8 @@ class Rotary(Position):
 
     dim: int | None = None
     base: float = 10000.0
+    closed: bool = False
+    """The slowest pair turns by exactly 1 / base a token (Perceiver AR's table), not a little faster."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def train(
         task = config.task.build()
         _check_splits(task, settings)
         seed_place(settings.seed, 0, 0)
+        held = devices.watch_memory(device)
         model = config.model.build().to(device)
         model.activation_checkpointing = settings.activation_checkpointing
         optimizer = build_optimizer(model, settings, device)
@@ -96,7 +97,8 @@ def train(
             task.save(folder)
 
         valid: dict[str, float] | None = None
-        held = devices.watch_memory(device)
+        # Weights and moments count, resumed or not; what building and reading a checkpoint took for a while does not.
+        devices.watch_memory(device)
         first, clock = done, time.perf_counter()
         unread: list[tuple[Tensor, Tensor]] = []
         model.train()

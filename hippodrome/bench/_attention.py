@@ -53,6 +53,7 @@ def standard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, scale: float 
     Queries and keys from position 0 on. Raises `NotImplementedError` for anything else that is asked of the op.
     """
     asked = [name for name, value in how.items() if value is not None and not (isinstance(value, float | bool) and not value)]
+    asked += ["counts of keys"] if pattern.count_tile is not None else []
     if asked:
         raise NotImplementedError(f"standard attention here knows no {', '.join(asked)}")
     repeat = q.shape[1] // k.shape[1]

@@ -131,8 +131,6 @@ class Attention(Mixer[AttentionState]):
         rotary_dim: int = 0
         """Channels of each head that rotate with position; 0: none. The same as `position=Rotary(dim)`."""
         rotary_base: float = 10000.0
-        rotary_closed: bool = False
-        """The slowest pair turns by exactly 1 / rotary_base a token (Perceiver AR's table), not a little faster."""
         position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
@@ -151,7 +149,7 @@ class Attention(Mixer[AttentionState]):
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.config = config
         self.n_head, self.n_kv, self.d_head = n_head, n_kv, d_head
-        self.rotary_dim, self.rotary_base = _rotation(config, d_head)
+        self.rotary_dim, self.rotary_base, self.rotary_closed = _rotation(config, d_head)
         if isinstance(config.position, T5Bias):
             self.distance_bias = nn.Parameter(torch.zeros(config.position.buckets, n_head))
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
@@ -173,7 +171,7 @@ class Attention(Mixer[AttentionState]):
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
         if self.rotary_dim:
-            how = self.rotary_dim, self.rotary_base, self.config.rotary_closed
+            how = self.rotary_dim, self.rotary_base, self.rotary_closed
             q, k = (rotate(t, position, *how) for t in (q, k))
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
@@ -265,7 +263,7 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     def __init__(self, mixer: Attention) -> None:
         super().__init__(mixer)
-        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.config.rotary_closed)
+        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.rotary_closed)
         self._frequency = frequencies(*table) if mixer.rotary_dim else None
 
     def begin(self, state: AttentionState, position: Tensor) -> State:
@@ -296,16 +294,17 @@ class _AttentionStepper(Stepper[AttentionState]):
         return (state.k.nbytes + state.v.nbytes) * filled // max(1, slots * len(position))
 
 
-def _rotation(config: Attention.Config, d_head: int) -> tuple[int, float]:
-    """How many channels of a head turn, and their base."""
-    dim, base, name = config.rotary_dim, config.rotary_base, "rotary_dim"
+def _rotation(config: Attention.Config, d_head: int) -> tuple[int, float, bool]:
+    """How many channels of a head turn, their base, and whether their table is closed."""
+    dim, base, closed, name = config.rotary_dim, config.rotary_base, False, "rotary_dim"
     if dim and config.position is not None:
         raise BadInput(f"rotary_dim is {dim} and position is {config.position}: give one of them")
     if isinstance(config.position, Rotary):
-        dim, base, name = d_head if config.position.dim is None else config.position.dim, config.position.base, "Rotary's dim"
+        dim = d_head if config.position.dim is None else config.position.dim
+        base, closed, name = config.position.base, config.position.closed, "Rotary's dim"
     if dim < 0 or dim % 2 or dim > d_head:
         raise BadInput(f"{name} is {dim}: it must be even, 0 or more and at most the head width {d_head}")
-    return dim, base
+    return dim, base, closed
 
 
 def _check_room(tokens: int, slots: int) -> None:

@@ -11,6 +11,7 @@ from hippodrome.mixers.attention import Attention
 from hippodrome.model import BlockConfig
 from hippodrome.models.perceiver_ar import PerceiverAR
 from hippodrome.part import BadInput
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.recipes._lm import BUDGET, Text
 from hippodrome.recipes._mirror_copy import COPY
@@ -105,9 +106,9 @@ def _model(
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     if n_layer < 1:
-        raise BadInput("n_layer is 0: a model needs at least one block")
-    rotary_dim = d_model // n_head // 4 * 2 if positions == "rotary" else 0
-    mixer = Attention.Config(n_head=n_head, rotary_dim=rotary_dim, rotary_base=settings["wavelength"], rotary_closed=True)
+        raise BadInput(f"n_layer is {n_layer}: it must be at least 1")
+    turned = Rotary(dim=d_model // n_head // 4 * 2, base=settings["wavelength"], closed=True)
+    mixer = Attention.Config(n_head=n_head, position=turned if positions == "rotary" else None)
     channel = Mlp.Config(d_ff=d_ff, activation="relu2")
     return PerceiverAR.Config(
         d_model=d_model,

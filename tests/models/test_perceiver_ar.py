@@ -15,6 +15,7 @@ from hippodrome.mixers.attention import Attention, frequencies
 from hippodrome.model import BlockConfig, Embed
 from hippodrome.models.perceiver_ar import PerceiverAR
 from hippodrome.part import BadInput
+from hippodrome.positions import Rotary
 from hippodrome.readouts.positions import Positions
 from hippodrome.task import IGNORE, Batch
 from tests.golden_files import FOLDER, load, relative_error
@@ -55,7 +56,7 @@ def built(how, latents=None, stride=None):
     """Our model of a case's constructor."""
     d_model, n_head = how["num_z_channels"], how["num_transformer_heads"]
     base = float(how["max_wavelength"])
-    mixer = Attention.Config(n_head=n_head, rotary_dim=rotated(how, d_model // n_head), rotary_base=base, rotary_closed=True)
+    mixer = Attention.Config(n_head=n_head, position=Rotary(rotated(how, d_model // n_head), base, closed=True))
     channel = Mlp.Config(d_ff=d_model * how["transformer_widening_factor"], activation="relu2")
     return PerceiverAR.Config(
         d_model=d_model,
@@ -214,7 +215,7 @@ def test_the_rotary_table_has_both_ends_and_the_sines_are_the_authors():
 
 def small(**how):
     torch.manual_seed(0)
-    block = BlockConfig(mixer=Attention.Config(n_head=2, rotary_dim=4, rotary_closed=True), channel=Mlp.Config())
+    block = BlockConfig(mixer=Attention.Config(n_head=2, position=Rotary(4, closed=True)), channel=Mlp.Config())
     config = PerceiverAR.Config(
         d_model=16,
         blocks=(block, block),
