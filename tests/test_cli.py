@@ -141,7 +141,8 @@ def test_show_all_patterns_draws_each(tmp_path):
     picture = tmp_path / "patterns.png"
     result = run("show", "pattern:all", "--length", 64, "--tile", 8, "--out", picture)
     assert result.code == 0, result.err
-    for name in kinds():
+    # Other tests derive patterns of their own, which the command's process does not know.
+    for name in (name for name, kind in kinds().items() if kind.__module__.startswith("hippodrome.")):
         assert re.search(rf"^{name}\b.* of 64 tiles of 8", result.out, re.MULTILINE)
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
