@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from hippodrome import positions
 from hippodrome.norms import Fp32Parameters
 
-BUCKETS = 32
-FARTHEST = 128
-"""Distances from here on share the last bucket."""
-
-
-def bucket(distance: Tensor) -> Tensor:
-    """The bucket, int64, of distances of at least 0: one each for the first half of the buckets, then in log steps."""
-    exact = BUCKETS // 2
-    # float32 as in T5: at a few distances the logarithm is next to a whole number.
-    steps = torch.log(distance.clamp(min=1).float() / exact) / math.log(FARTHEST / exact) * (BUCKETS - exact)
-    far = (exact + steps.to(torch.int64)).clamp(max=BUCKETS - 1)
-    return torch.where(distance < exact, distance, far)
+BUCKETS = positions.T5Bias()
+"""32, the last for all distances from 128 on."""
 
 
 class T5Bias(Fp32Parameters):
@@ -28,8 +17,8 @@ class T5Bias(Fp32Parameters):
 
     def __init__(self, n_head: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_head, BUCKETS) / BUCKETS**0.5)
+        self.weight = nn.Parameter(torch.randn(n_head, BUCKETS.buckets) / BUCKETS.buckets**0.5)
 
     def forward(self, distance: Tensor) -> Tensor:
         """(H, ...) for distances (...) int64 into the past, at least 0."""
-        return self.weight[:, bucket(distance)]
+        return self.weight[:, BUCKETS.bucket(distance, torch.zeros_like(distance))]
