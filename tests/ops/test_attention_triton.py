@@ -106,15 +106,43 @@ def test_options_in_the_interpreter(on_cpu, name):
 
 
 @interpreted
-def test_options_on_lists_of_tiles(on_cpu):
+@pytest.mark.parametrize("pattern", [Butterfly(32) & Causal(), BigBird(tile=32)], ids=str)
+def test_options_on_tiles(on_cpu, pattern):
     options = {"with_bias": True, "softcap": 3.0, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 5}
-    assert_same(backend._triton, Butterfly(32) & Causal(), (2, 2, 1, 100, 100, 24), **options)
+    assert_same(backend._triton, pattern, (2, 2, 1, 100, 100, 24), **options)
 
 
 @interpreted
+@pytest.mark.parametrize("pattern", [Butterfly(128) & Causal(), BigBird(tile=128)], ids=str)
 @pytest.mark.parametrize("width", [16, 72])
-def test_a_step_may_be_a_share_of_a_listed_tile(on_cpu, width):
-    assert_same(backend._triton, Butterfly(128) & Causal(), (1, 1, 1, 300, 300, width), torch.float16)
+def test_a_step_may_be_a_share_of_a_tile(on_cpu, pattern, width):
+    assert_same(backend._triton, pattern, (1, 1, 1, 300, 300, width), torch.float16)
+
+
+BUTTERFLIES = [Butterfly(16), Butterfly(16, 2), Butterfly(32) & Causal(), Causal() & Butterfly(64, 0), Butterfly(256)]
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", BUTTERFLIES, ids=str)
+@pytest.mark.parametrize("lengths", [(300, 300), (44, 300)], ids=str)
+def test_a_butterfly_is_computed(on_cpu, monkeypatch, pattern, lengths):
+    monkeypatch.setattr(_tiles, "_lists", None)
+    assert_same(backend._triton, pattern, (1, 2, 1, *lengths, 16), torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", BUTTERFLIES, ids=str)
+def test_a_butterfly_of_a_pack_is_computed(on_cpu, monkeypatch, pattern):
+    monkeypatch.setattr(_tiles, "_lists", None)
+    offsets = torch.tensor([0, 10, 10, 143, 200])
+    assert_same(backend._triton, pattern, (1, 2, 1, 200, 200, 16), offsets=offsets, dropout=0.3, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ahead"), [(Butterfly(24), 0), (Butterfly(16), 8), (Butterfly(16) & Window(9), 0)], ids=str
+)
+def test_a_butterfly_out_of_step_is_listed(pattern, ahead):
+    assert backend._butterfly(pattern, ahead) is None
 
 
 @interpreted
@@ -152,6 +180,10 @@ def test_flops_are_those_of_kept_tiles(on_cpu):
         backend._triton(q, q, q, Butterfly(16, 1))
     assert dense.get_total_flops() == 4 * 128 * 128 * 16
     assert sparse.get_total_flops() == dense.get_total_flops() // 4
+    for pattern in (Butterfly(16), Butterfly(16) & Causal()):
+        with FlopCounterMode(display=False) as counted:
+            backend._triton(q[:, :, :96], q, q, pattern)
+        assert counted.get_total_flops() == 4 * 16 * 16**2 * len(pattern.kept(96, 128, 16, 32).columns)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +204,13 @@ def test_dense_calls_are_left_to_torch_unless_they_want_more():
     assert "causality" in backend._yields(q, q, q, Butterfly(16) & Causal())
 
 
+CAUSAL_TILES = [BigBird(tile=64), BigBird(tile=32), Butterfly(64) & Causal(), Butterfly(32) & Causal()]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", [BigBird(tile=64), Butterfly(64) & Causal(), Butterfly(32) & Causal()], ids=str)
+@pytest.mark.parametrize("pattern", CAUSAL_TILES, ids=str)
 @pytest.mark.parametrize("width", [64, 128])
-def test_causal_lists_on_a_device(pattern, width):
+def test_causal_tiles_on_a_device(pattern, width):
     assert_same(forced, pattern, (1, 4, 2, 2000, 2000, width), torch.bfloat16, "cuda")
 
 
@@ -210,6 +245,18 @@ def test_lengths_and_widths_on_the_device(length, width):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_on_the_device(name, dtype):
     assert_same(forced, PATTERNS[name], (2, 4, 2, 1000, 1000, 64), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [64, 128])
+def test_butterflies_on_the_device(tile, width, dtype):
+    for pattern in (Butterfly(tile), Butterfly(tile, 2), Butterfly(tile) & Causal()):
+        for n_q in (2000, 2000 - 4 * tile):
+            assert_same(forced, pattern, (1, 4, 2, n_q, 2000, width), dtype, "cuda")
+    offsets = torch.tensor([0, 1, 1, 700, 2000], device="cuda")
+    assert_same(forced, Butterfly(tile) & Causal(), (1, 4, 2, 2000, 2000, width), dtype, "cuda", offsets=offsets)
 
 
 @pytest.mark.gpu

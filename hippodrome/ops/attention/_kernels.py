@@ -1,8 +1,9 @@
 """attention in Triton: tiles of queries against tiles of keys, with an online softmax; the backward makes the weights again.
 
 A program owns a tile of M queries (`forward`, `gradient_q`) or of N keys (`gradient_kv`) and walks over the tiles of the other
-side that it meets. Which they are follows from a few integers (CODE: an interval, with the part of it that is wholly visible)
-or from a list (LIST: tiles of T, kept once; several small ones are gathered into one step). Only tiles on an edge pay for a
+side that it meets. Which they are follows from a few integers (CODE: an interval, with the part of it that is wholly visible;
+or a flat butterfly, XOR, whose tiles differ from a program's own in one bit of their number) or from a list (LIST: tiles of T,
+kept once). Of a butterfly and of lists several small tiles are gathered into one step. Only tiles on an edge pay for a
 predicate. Statistics and sums are float32 and exponentials base 2; every sum has one owner and one order, so that two runs give
 the same bits. Where one row is much longer than the others it is cut, and `merge` or `total` joins the pieces in their order.
 
@@ -13,16 +14,17 @@ of 64 was wrong on an H100 (Triton 3.6.0) from lists that are right and in the i
 import triton
 import triton.language as tl
 
-FULL, CAUSAL, WINDOW, CHUNK, PREFIX = range(5)
+FULL, CAUSAL, WINDOW, CHUNK, PREFIX, BUTTERFLY, CAUSAL_BUTTERFLY = range(7)
 _CAUSAL, _WINDOW, _CHUNK, _PREFIX = (tl.constexpr(code) for code in (CAUSAL, WINDOW, CHUNK, PREFIX))
+_BUTTERFLY, _CAUSAL_BUTTERFLY = tl.constexpr(BUTTERFLY), tl.constexpr(CAUSAL_BUTTERFLY)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def sees(q, k, A, R, CODE: tl.constexpr):
-    """Whether a query at position q sees a key at k: `Pattern.visible` of the patterns that have a code."""
-    if CODE == _CAUSAL:
+    """Whether a query at position q sees a key at k, of a butterfly within the diagonal: `Pattern.visible` by its code."""
+    if CODE == _CAUSAL or CODE == _CAUSAL_BUTTERFLY:  # noqa: SIM109 - Triton reads no `in`
         seen = k <= q
     elif CODE == _WINDOW:
         seen = (k <= q + R) & (q - k < A)
@@ -98,6 +100,45 @@ def in_tiles(lo, a, b, hi, SIZE: tl.constexpr):
 
 
 @triton.jit
+def smeared(x):
+    """x with all bits below its highest."""
+    x |= x >> 1
+    x |= x >> 2
+    x |= x >> 4
+    x |= x >> 8
+    return x | (x >> 16)
+
+
+@triton.jit
+def ones(x):
+    """How many bits of x are set."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 63
+
+
+@triton.jit
+def partners(own, first, n, R, IS_KEY: tl.constexpr, CODE: tl.constexpr):
+    """Tiles of first, ..., n - 1 that a flat butterfly wholly shows to tile `own`, or of keys, that see it: a set of bits.
+
+    Bit 0 is the tile itself, bit s + 1 the tile own ^ 2^s; R holds the powers of two that count. Bits of `own` that are set
+    lead down, others up. Under causality only one direction is left, and the tile itself is partly visible.
+    """
+    down = own & R & smeared(tl.maximum(own - first, 0))
+    up = ~own & R & smeared(n - 1 - own) & ~smeared(tl.maximum(first - 1 - own, 0))
+    itself = (own >= first).to(tl.int32)
+    return (up if IS_KEY else down) << 1 if CODE == _CAUSAL_BUTTERFLY else ((down | up) << 1) | itself
+
+
+@triton.jit
+def steps(bits, A, T: tl.constexpr, SIZE: tl.constexpr):
+    """Steps of SIZE that a walk over the tiles of A in `bits` takes."""
+    return ones(bits) * (A // SIZE) if SIZE <= T else tl.cdiv(ones(bits) * T, SIZE)
+
+
+@triton.jit
 def capped(x, cap):
     """cap tanh(x / cap)."""
     return cap - 2 * cap / (1 + tl.exp2(x * (2 * LOG2E / cap)))
@@ -132,8 +173,12 @@ def kept(seed, q_at, k_at, row, drop):
 
 
 @triton.jit
-def met(i, cols, ids, end, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constexpr, TABLE: tl.constexpr):
-    """Step i of a walk: indices of its SIZE members, whether each is one, and the number of its tile's mask (-1: none)."""
+def met(
+    i, cols, ids, end, bits, own, shift, A, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constexpr, TABLE: tl.constexpr,
+    XOR: tl.constexpr,
+):  # fmt: skip
+    """Step i of a walk: indices of its SIZE members, whether each is one, the number of its tile's mask (-1: none), and what of
+    a butterfly's `bits` is left. `shift` is what positions are ahead of the indices."""
     lane = tl.arange(0, SIZE)
     mask = lane * 0 - 1
     if LIST:
@@ -144,10 +189,23 @@ def met(i, cols, ids, end, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constex
         if TABLE:
             mask = tl.load(ids + entry, mask=there, other=-1)
         at = tile * T + i % SHARE * SIZE + lane % T
+    elif XOR:
+        if SIZE <= T:
+            share = A // SIZE
+            there = lane >= 0
+            at = (own ^ ((bits & -bits) >> 1)) * A + i % share * SIZE + lane - shift
+            bits = tl.where(i % share == share - 1, bits & (bits - 1), bits)
+        else:
+            bit = lane * 0
+            for nth in tl.static_range(SIZE // T):
+                bit = tl.where(lane // T == nth, bits & -bits, bit)
+                bits &= bits - 1
+            there = bit > 0
+            at = (own ^ (bit >> 1)) * T + lane % T - shift
     else:
         at = i * SIZE + lane
         there = at >= 0
-    return at, there, mask
+    return at, there, mask, bits
 
 
 @triton.jit
@@ -184,7 +242,7 @@ def forward(
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exps of a tile of queries, or of one piece of its keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -222,6 +280,10 @@ def forward(
         key = tl.load(seed)
     if BIAS:
         bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
+    TILED: tl.constexpr = LIST or XOR
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    own = at * 0
+    bits = own
     if LIST:
         # A step is several tiles, or a share of one.
         SHARES: tl.constexpr = T // N if N < T else 1
@@ -230,6 +292,14 @@ def forward(
         whole = begin * SHARES
         end = middle * SHARES
         last = finish * SHARES
+    elif XOR:
+        step = 1
+        own = (at + shift) // A
+        bits = partners(own, 0, tl.cdiv(n_k, A), R, False, CODE)
+        first = at * 0
+        whole = first
+        end = steps(bits, A, T, N)
+        last = end + (tl.cdiv((at + shift) % A + M, N) if N <= T else 1)
     else:
         step = 1
         lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
@@ -248,7 +318,7 @@ def forward(
     top = tl.full((M,), float("-inf"), tl.float32)
     mass = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
-    for stage in tl.static_range(2):
+    for stage in tl.static_range(STAGES):
         # Stage 0: wholly visible tiles. Stage 1: those on edges, on both sides of these.
         if stage == 0:
             i_0 = whole
@@ -256,11 +326,12 @@ def forward(
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
-            j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-            k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
+        unmet = bits if stage == 0 else own * 0 + 1
+        for i in tl.range(i_0, i_1, step, num_stages=1 if TILED and stage == 1 else None):
+            j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
+            k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
             k_in = there & (k_at < n_k)
-            EDGE: tl.constexpr = LIST or stage == 1
+            EDGE: tl.constexpr = TILED or stage == 1
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
             x_v = tl.load(v + k_at[:, None] * sv_t + d_at[None, :], mask=load_in, other=0.0)
@@ -333,7 +404,7 @@ def gradient_q(
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, or one piece of its sum; those of the bias on the way."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -380,6 +451,10 @@ def gradient_q(
         bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     if D_BIAS:
         d_bias += (row.to(tl.int64) * lse_row + q_0) * bias_row + k_0
+    TILED: tl.constexpr = LIST or XOR
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    own = at * 0
+    bits = own
     if LIST:
         # A step is several tiles, or a share of one.
         SHARES: tl.constexpr = T // N if N < T else 1
@@ -388,23 +463,32 @@ def gradient_q(
         whole = begin * SHARES
         end = middle * SHARES
         last = finish * SHARES
+    elif XOR:
+        step = 1
+        own = (at + shift) // A
+        bits = partners(own, 0, tl.cdiv(n_k, A), R, False, CODE)
+        first = at * 0
+        whole = first
+        end = steps(bits, A, T, N)
+        last = end + (tl.cdiv((at + shift) % A + M, N) if N <= T else 1)
     else:
         step = 1
         lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
     acc = tl.zeros((M, D), tl.float32)
-    for stage in tl.static_range(2):
+    for stage in tl.static_range(STAGES):
         if stage == 0:
             i_0 = whole
             i_1 = end
         else:
             i_0 = end if LIST else first
             i_1 = last if LIST else last - (end - whole)
-        for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
-            j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-            k_at, there, mask = met(j, cols, ids, i_1, T, N, LIST, TABLE and stage == 1)
+        unmet = bits if stage == 0 else own * 0 + 1
+        for i in tl.range(i_0, i_1, step, num_stages=1 if TILED and stage == 1 else None):
+            j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
+            k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
             k_in = there & (k_at < n_k)
-            EDGE: tl.constexpr = LIST or stage == 1
+            EDGE: tl.constexpr = TILED or stage == 1
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
             x_v = tl.load(v + k_at[:, None] * sv_t + d_at[None, :], mask=load_in, other=0.0)
@@ -445,7 +529,7 @@ def gradient_kv(
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
+    PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the heads that read them, or one piece of the sum.
 
@@ -486,6 +570,10 @@ def gradient_kv(
     key = 0
     if DROP:
         key = tl.load(seed)
+    TILED: tl.constexpr = LIST or XOR
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    own = at * 0
+    bits = own
     if LIST:
         # A step is several tiles, or a share of one.
         SHARES: tl.constexpr = T // M if M < T else 1
@@ -494,6 +582,14 @@ def gradient_kv(
         whole = begin * SHARES
         end = middle * SHARES
         last = finish * SHARES
+    elif XOR:
+        step = 1
+        own = at // A
+        bits = partners(own, shift // A, tl.cdiv(n_k, A), R, True, CODE)
+        end = steps(bits, A, T, M)
+        whole = end * 0
+        first = at % A // M if M <= T else whole
+        last = end + tl.where(own >= shift // A, A // M if M <= T else 1, first)
     else:
         step = 1
         lo, a, z, hi = queries_met(at, tl.minimum(at + N, n_k) - 1, n_q, shift, A, R, CODE)
@@ -512,19 +608,20 @@ def gradient_kv(
         bias_h = bias
         if BIAS:
             bias_h = bias + b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
-        for stage in tl.static_range(2):
+        for stage in tl.static_range(STAGES):
             if stage == 0:
                 i_0 = whole
                 i_1 = end
             else:
                 i_0 = end if LIST else first
                 i_1 = last if LIST else last - (end - whole)
-            for i in tl.range(i_0, i_1, step, num_stages=1 if LIST and stage == 1 else None):
-                j = i if LIST or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-                q_at, there, mask = met(j, cols, ids, i_1, T, M, LIST, TABLE and stage == 1)
+            unmet = bits if stage == 0 else own * 0 + 1
+            for i in tl.range(i_0, i_1, step, num_stages=1 if TILED and stage == 1 else None):
+                j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
+                q_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, shift, A, T, M, LIST, TABLE and stage == 1, XOR)
                 q_in = there & (q_at < n_q)
                 q_pos = q_at + shift
-                EDGE: tl.constexpr = LIST or stage == 1
+                EDGE: tl.constexpr = TILED or stage == 1
                 load_in = q_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
                 x_q = tl.load(q_h + q_at[:, None] * sq_t + d_at[None, :], mask=load_in, other=0.0)
                 x_d = tl.load(d_h + q_at[:, None] * sd_t + d_at[None, :], mask=load_in, other=0.0)
@@ -535,11 +632,11 @@ def gradient_kv(
                 here = k_in[:, None] & q_in[None, :]
                 s, rest = scores(x, q_at[None, :], k_at[:, None], here, q_pos[None, :], bias_h, slope, scale, cap, sb_q, sb_k,
                                  BIAS, SLOPES, CAP)  # fmt: skip
-                if EDGE:
+                if stage == 1:  # before, what is beyond the last query or key is 0, or in rows that are not stored
                     seen = here
-                    if CODE != 0 and stage == 1:
+                    if CODE != 0:
                         seen = seen & sees(q_pos[None, :], k_at[:, None], A, R, CODE)
-                    if TABLE and stage == 1:
+                    if TABLE:
                         seen = shown(seen, mask[None, :], q_at[None, :], k_at[:, None], here, table, T)
                     s = tl.where(seen, s, float("-inf"))
                 p = tl.exp2(s - level[None, :])

@@ -12,7 +12,7 @@ from torch import Tensor
 from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.attention import _tiles, attention
-from hippodrome.patterns import Causal, Chunk, Full, Pattern, Prefix, Window
+from hippodrome.patterns import And, Butterfly, Causal, Chunk, Full, Pattern, Prefix, Window
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CAPABILITY = (8, 0)
@@ -22,7 +22,9 @@ WIDEST_FLOAT32 = 128
 """Wider ones need more shared memory than there is."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Prefix: 4}
-"""The patterns that the kernels compute as intervals: `_kernels.FULL`, ...; any other is a list of tiles."""
+"""The patterns that the kernels compute as intervals: `_kernels.FULL`, ..."""
+BUTTERFLY, CAUSAL_BUTTERFLY = 5, 6
+"""Those that they compute from the numbers of tiles; any other is a list of tiles."""
 PROGRAMS = 264
 """Programs from which on a GPU is busy: below, the keys of few queries are cut into pieces."""
 PIECE = 512
@@ -44,7 +46,7 @@ class Call:
     a: int
     r: int
     tile: int
-    """0: an interval."""
+    """The side of a program's own tiles, of a butterfly or in lists; 0: an interval."""
     slots_q: int
     slots_k: int
     scale: float
@@ -98,13 +100,25 @@ def unfit(
         return "the bias is torch.float64, and scores are float32"
     if slopes is not None and slopes.requires_grad:
         return "slopes want a gradient"
-    if type(pattern) in CODES:
+    if type(pattern) in CODES or _butterfly(pattern, k.shape[2] - q.shape[2]):
         return None
     if offsets is not None:
         return f"a pack under {pattern}, which it walks by one list of tiles"
     if bias is not None and bias.requires_grad and pattern.count_tile is not None:
         return "a key that counts twice gives the bias two gradients"
     return _no_list(pattern, k.shape[2] - q.shape[2])
+
+
+def _butterfly(pattern: Pattern, ahead: int) -> tuple[int, int, int] | None:
+    """Code, tile and powers of two of a flat butterfly whose tiles are those of queries `ahead` of their indices; else None."""
+    parts = pattern.parts if isinstance(pattern, And) else (pattern,)
+    flat = [part for part in parts if isinstance(part, Butterfly)]
+    if len(flat) != 1 or any(not isinstance(part, Butterfly | Causal) for part in parts):
+        return None
+    tile, most = flat[0].tile, 30 if flat[0].n_factors is None else min(flat[0].n_factors, 30)
+    if tile < _tiles.SIDES[-1] or tile & (tile - 1) or ahead < 0 or ahead % tile:
+        return None
+    return CAUSAL_BUTTERFLY if len(parts) > 1 else BUTTERFLY, tile, 2**most - 1
 
 
 def _no_list(pattern: Pattern, q_start: int) -> str | None:
@@ -181,12 +195,15 @@ def _triton(
 
 
 def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
-    """How the kernels find their tiles: as an interval, or by lists."""
+    """How the kernels find their tiles: as an interval, as a butterfly, or by lists."""
     code = CODES.get(type(pattern))
     if code is not None:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
         return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
     tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
+    found = _butterfly(pattern, k.shape[2] - q.shape[2])
+    if found is not None:
+        return Call(*found, tile, 0, 0, 1.0, 0.0, 0.0), []
     of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
     return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
         *of_q.tensors(),
@@ -219,7 +236,7 @@ def _fused(
     split, slots, joins = _split(q, k, M, call, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
-    plan, grid = _plan(0, M, q, n_q, offsets, lists, tile)
+    plan, grid = _plan(0, M, q, n_q, offsets, lists)
     kernels.forward[grid, batch * heads, split](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
         y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
@@ -284,7 +301,7 @@ def _split(
 ) -> tuple[int, int, Tensor]:  # fmt: skip
     """Pieces of the keys, slots for them, and which of them make a tile."""
     if call.tile:
-        return 1, call.slots_q, lists[3]
+        return 1, call.slots_q, lists[3] if lists else q
     n_q, rows, tiles = q.shape[2], q.shape[0] * q.shape[1], -(-q.shape[2] // M)
     pieces = 1 if n_q > FEW or offsets is not None else min(PROGRAMS // (rows * tiles), k.shape[2] // PIECE)
     if pieces < 2:
@@ -293,11 +310,9 @@ def _split(
     return pieces, tiles * pieces, torch.stack((at, at * pieces, (at + 1) * pieces), 1)[None]
 
 
-def _plan(
-    role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor], tile: int
-) -> tuple[Tensor, int]:
+def _plan(role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor]) -> tuple[Tensor, int]:
     """What tells programs where they are, and how many there are."""
-    if tile:
+    if lists:
         plan = lists[4 if role == 2 else 0]
         return plan, plan.shape[1]
     if offsets is None:
@@ -338,14 +353,15 @@ def _flags(
 ) -> dict[str, Any]:
     return {
         "CODE": call.code,
-        "LIST": call.tile > 0,
-        "TABLE": call.tile > 0 and len(lists[8]) > 0,
+        "LIST": bool(lists),
+        "XOR": call.code in (BUTTERFLY, CAUSAL_BUTTERFLY),
+        "TABLE": bool(lists) and len(lists[8]) > 0,
         "BIAS": bias is not None,
         "SLOPES": slopes is not None,
         "CAP": call.cap > 0,
         "DROP": call.drop > 0,
         "PACKED": offsets is not None,
-        "PER_HEAD": call.tile > 0 and lists[0].shape[0] > 1,
+        "PER_HEAD": bool(lists) and lists[0].shape[0] > 1,
     }
 
 
@@ -377,7 +393,7 @@ def _fused_backward(
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
     )
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
-    plan, grid = _plan(1, M, q, n_q, offsets, lists, tile)
+    plan, grid = _plan(1, M, q, n_q, offsets, lists)
     kernels.gradient_q[grid, rows](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan),
         d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
@@ -390,7 +406,7 @@ def _fused_backward(
     many = k.shape[1] if together else heads
     to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
     part = q.new_empty(batch * many * slots_k * 2, N, D, dtype=torch.float32)
-    plan, grid = _plan(2, N, q, n_k, k_offsets, lists, tile)
+    plan, grid = _plan(2, N, q, n_k, k_offsets, lists)
     kernels.gradient_kv[grid, batch * many](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan),
         d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
@@ -450,7 +466,9 @@ _fused.register_autograd(_grad, setup_context=_save)
 def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, tile: int) -> int:
     """Pairs of a query and a key that are worked on: those of kept tiles, or within an interval's triangle or band."""
     rows, n_q, n_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    if tile:
+    if code in (BUTTERFLY, CAUSAL_BUTTERFLY):
+        return rows * a * a * _butterfly_tiles((n_k - n_q) // a, -(-n_k // a), r, code == CAUSAL_BUTTERFLY)
+    if lists:
         heads = lists[0].shape[0]
         return q.shape[0] * lists[1].shape[0] * tile * tile * (1 if heads > 1 else q.shape[1])
     triangle = n_q * n_k - n_q * (n_q - 1) // 2 if n_k >= n_q else n_k * (n_k + 1) // 2
@@ -458,6 +476,12 @@ def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, ti
         return rows * n_q * n_k
     bound = {CODES[Window]: n_q * (a + r), CODES[Chunk]: n_q * (a + 1) // 2}.get(code, triangle)
     return rows * min(bound, triangle if not r else n_q * n_k)
+
+
+def _butterfly_tiles(first: int, n: int, powers: int, causal: bool) -> int:
+    """Tiles that rows first, ..., n - 1 of a flat butterfly keep."""
+    bits = [1 << s for s in range(n.bit_length()) if powers >> s & 1]
+    return sum(1 + sum((i ^ bit) < (i if causal else n) for bit in bits) for i in range(first, n))
 
 
 def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
