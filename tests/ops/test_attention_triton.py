@@ -170,6 +170,38 @@ def test_a_tile_listed_twice_counts_twice(on_cpu):
     assert_same(backend._triton, pattern, (1, 2, 1, 90, 90, 16))
 
 
+LISTED_PACKS = [BigBird(tile=16), Strided(7) & Causal(), Butterfly(24)]
+BOTH = {"offsets": torch.tensor([0, 10, 10, 43, 70, 100]), "k_offsets": torch.tensor([0, 26, 26, 59, 59, 105])}
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", [*LISTED_PACKS, Butterfly(16)], ids=str)
+def test_each_document_of_a_pack_has_its_lists(on_cpu, pattern):
+    options = {"with_bias": True, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 2**40 + 7}
+    assert_same(backend._triton, pattern, (1, 2, 1, 100, 100, 16), offsets=BOTH["offsets"], **options)
+    if "BigBird" not in str(pattern):
+        assert_same(backend._triton, pattern, (1, 2, 1, 100, 105, 16), **BOTH, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [*LISTED_PACKS, Butterfly(16)], ids=str)
+def test_listed_packs_on_the_device(pattern):
+    offsets = torch.tensor([0, 1, 1, 700, 2000], device="cuda")
+    assert_same(forced, pattern, (1, 4, 2, 2000, 2000, 64), torch.bfloat16, "cuda", offsets=offsets, dropout=0.3, seed=5)
+
+
+@pytest.mark.gpu
+def test_a_pack_is_read_once():
+    q, offsets = torch.randn(1, 1, 100, 16, device="cuda"), torch.tensor([0, 40, 100], device="cuda")
+    first = forced(q, q, q, Causal(), offsets=offsets)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = forced(q, q, q, Causal(), offsets=offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+
+
 @interpreted
 def test_flops_are_those_of_kept_tiles(on_cpu):
     register_flops()
@@ -188,11 +220,11 @@ def test_flops_are_those_of_kept_tiles(on_cpu):
 
 @pytest.mark.parametrize(
     ("pattern", "options", "reason"),
-    [(Full(), {}, None), (Strided(7), {"offsets": torch.tensor([0, 8])}, "one list"), (Full(), {"placed": True}, "positions")],
+    [(Full(), {}, None), (Strided(7), {"offsets": torch.tensor([0, 8])}, None), (Full(), {"placed": True}, "positions")],
 )
 def test_what_the_kernels_cannot_take(pattern, options, reason):
     q = torch.randn(1, 2, 8, 16)
-    said = backend.unfit(q, q, q, pattern, options.get("placed", False), options.get("offsets"), None, None)
+    said = backend.unfit(q, q, q, pattern, options.get("placed", False), options.get("offsets"), None, None, None)
     assert said is None if reason is None else reason in said
 
 

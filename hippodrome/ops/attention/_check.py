@@ -7,11 +7,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hippodrome.part import BadInput
 from hippodrome.patterns import Pattern
 
 _INTEGERS = (torch.int32, torch.int64)
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of offsets on a GPU the version and the values that the host has waited for."""
 
 
 def check(
@@ -102,7 +105,7 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
         raise BadInput(f"{name} is {offsets.dtype} {_sizes(offsets)}: it must be int32 or int64 and (documents + 1,)")
     if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # a graph may not wait for values
-    at = offsets.tolist()
+    at = numbers(offsets)
     if at[0] != 0:
         raise BadInput(f"{name} begins with {at[0]}: a pack begins at 0")
     for before, after in itertools.pairwise(at):
@@ -110,6 +113,17 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
             raise BadInput(f"{name} falls from {before} to {after}: the offsets of a pack ascend")
     if at[-1] != length:
         raise BadInput(f"{name} ends at {at[-1]}: a pack of {length} tokens ends at {length}")
+
+
+def numbers(offsets: Tensor) -> list[int]:
+    """The values of a pack's offsets; the host waits for a GPU once a tensor, not once a call: all layers share a pack."""
+    if not offsets.is_cuda or offsets.is_inference():
+        return offsets.tolist()
+    version, values = _read.get(offsets, (None, []))
+    if version != offsets._version:
+        values = offsets.tolist()
+        _read[offsets] = offsets._version, values
+    return values
 
 
 def _check_seed(seed: Tensor | int | None) -> None:

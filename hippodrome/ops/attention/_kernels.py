@@ -276,8 +276,12 @@ def forward(
     if SLOPES:
         slope = tl.load(slopes + h)
     key = 0
+    q_n = q_0
+    k_n = k_0
     if DROP:
         key = tl.load(seed)
+        q_n += tl.load(seed + 1).to(tl.int32)
+        k_n += tl.load(seed + 2).to(tl.int32)
     if BIAS:
         bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     TILED: tl.constexpr = LIST or XOR
@@ -359,7 +363,7 @@ def forward(
             mass = mass * fade + tl.sum(p, 1)
             acc = acc * fade[:, None]
             if DROP:
-                p = tl.where(kept(key, q_0 + q_at[:, None], k_0 + k_at[None, :], row, drop), p * (1 / (1 - drop)), 0.0)
+                p = tl.where(kept(key, q_n + q_at[:, None], k_n + k_at[None, :], row, drop), p * (1 / (1 - drop)), 0.0)
             acc = tl.dot(p.to(x_v.dtype), x_v, acc, input_precision=PRECISION)
             top = rise
     y = acc / tl.where(mass == 0, 1.0, mass)[:, None]
@@ -445,8 +449,12 @@ def gradient_q(
     if SLOPES:
         slope = tl.load(slopes + h)
     key = 0
+    q_n = q_0
+    k_n = k_0
     if DROP:
         key = tl.load(seed)
+        q_n += tl.load(seed + 1).to(tl.int32)
+        k_n += tl.load(seed + 2).to(tl.int32)
     if BIAS:
         bias += b * sb_b + h * sb_h + q_0.to(tl.int64) * sb_q + k_0.to(tl.int64) * sb_k
     if D_BIAS:
@@ -506,7 +514,7 @@ def gradient_q(
             p = tl.exp2(s - level[:, None])
             d_p = tl.dot(x_d, tl.trans(x_v), input_precision=PRECISION)
             if DROP:
-                d_p = tl.where(kept(key, q_0 + q_at[:, None], k_0 + k_at[None, :], row, drop), d_p * (1 / (1 - drop)), 0.0)
+                d_p = tl.where(kept(key, q_n + q_at[:, None], k_n + k_at[None, :], row, drop), d_p * (1 / (1 - drop)), 0.0)
             d_s = p * (d_p - loss[:, None])
             if D_BIAS:
                 to = d_bias + q_at.to(tl.int64)[:, None] * bias_row + k_at[None, :]
@@ -568,8 +576,12 @@ def gradient_kv(
         v + b * sv_b + g * sv_h + k_0.to(tl.int64) * sv_t + k_at[:, None] * sv_t + d_at[None, :], mask=within, other=0.0
     )
     key = 0
+    q_n = q_0
+    k_n = k_0
     if DROP:
         key = tl.load(seed)
+        q_n += tl.load(seed + 1).to(tl.int32)
+        k_n += tl.load(seed + 2).to(tl.int32)
     TILED: tl.constexpr = LIST or XOR
     STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
     own = at * 0
@@ -643,7 +655,7 @@ def gradient_kv(
                 d_p = tl.dot(x_v, tl.trans(x_d), input_precision=PRECISION)
                 dropped = p
                 if DROP:
-                    keep = kept(key, q_0 + q_at[None, :], k_0 + k_at[:, None], line.to(tl.int32), drop)
+                    keep = kept(key, q_n + q_at[None, :], k_n + k_at[:, None], line.to(tl.int32), drop)
                     dropped = tl.where(keep, p * (1 / (1 - drop)), 0.0)
                     d_p = tl.where(keep, d_p * (1 / (1 - drop)), 0.0)
                 sum_v = tl.dot(dropped.to(x_d.dtype), x_d, sum_v, input_precision=PRECISION)

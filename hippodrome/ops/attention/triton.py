@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.attention import _tiles, attention
+from hippodrome.ops.attention._check import numbers as read
 from hippodrome.patterns import And, Butterfly, Causal, Chunk, Full, Pattern, Prefix, Window
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -66,6 +69,7 @@ def _why_not(
     q_position: Tensor | None = None,
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     **_: object,
@@ -76,12 +80,12 @@ def _why_not(
         return "triton is not installed"
     if capability(q.device) < CAPABILITY:
         return f"compute capability {capability(q.device)} is under {CAPABILITY}"
-    return unfit(q, k, v, pattern, q_position is not None or k_position is not None, offsets, bias, slopes)
+    return unfit(q, k, v, pattern, q_position is not None or k_position is not None, offsets, k_offsets, bias, slopes)
 
 
 def unfit(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, bias: Tensor | None,
-    slopes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, k_offsets: Tensor | None,
+    bias: Tensor | None, slopes: Tensor | None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take a call, whatever the device."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
@@ -100,13 +104,20 @@ def unfit(
         return "the bias is torch.float64, and scores are float32"
     if slopes is not None and slopes.requires_grad:
         return "slopes want a gradient"
-    if type(pattern) in CODES or _butterfly(pattern, k.shape[2] - q.shape[2]):
+    if _at_once(q, k, pattern, k_offsets):
         return None
-    if offsets is not None:
-        return f"a pack under {pattern}, which it walks by one list of tiles"
+    if offsets is not None and (torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())):
+        return f"a pack under {pattern}, of which it walks one document after another: a graph cannot know their lengths"
     if bias is not None and bias.requires_grad and pattern.count_tile is not None:
         return "a key that counts twice gives the bias two gradients"
+    if offsets is not None and k_offsets is not None and pattern.count_tile is not None:
+        return f"a pack with k_offsets under {pattern}, in which keys count unevenly"
     return _no_list(pattern, k.shape[2] - q.shape[2])
+
+
+def _at_once(q: Tensor, k: Tensor, pattern: Pattern, k_offsets: Tensor | None) -> bool:
+    """Whether the kernels compute a pattern's tiles, of all documents of a pack too."""
+    return type(pattern) in CODES or (k_offsets is None and _butterfly(pattern, k.shape[2] - q.shape[2]) is not None)
 
 
 def _butterfly(pattern: Pattern, ahead: int) -> tuple[int, int, int] | None:
@@ -178,34 +189,65 @@ def _triton(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if scale < 0:  # the running maximum is taken before scaling
         q, scale = -q, -scale
-    call, lists = _walks(q, k, pattern)
-    call = replace(call, scale=scale, cap=softcap or 0.0, drop=dropout)
+    counters = None
     if dropout:
         seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.as_tensor(seed, device=q.device)
+        counters = F.pad(seed.view(1), (0, 2))
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-    if offsets is not None:
-        k_offsets = offsets if k_offsets is None else k_offsets
-    q, k, v = (_lines(t) for t in (q, k, v))
-    y, lse = torch.ops.hippodrome.attention_fused(
-        q, k, v, bias, None if slopes is None else slopes.float(), seed if dropout else None, offsets, k_offsets, lists,
-        *call.numbers(),
-    )  # fmt: skip
+    slopes = None if slopes is None else slopes.float()
+    numbers = scale, softcap or 0.0, dropout
+    ends = offsets if k_offsets is None else k_offsets
+    if offsets is None or ends is None or _at_once(q, k, pattern, k_offsets):
+        y, lse = _launched(q, k, v, pattern, bias, slopes, counters, offsets, ends, numbers)
+    else:
+        y, lse = _each_document(q, k, v, pattern, bias, slopes, counters, offsets, ends, numbers)
     return (y, lse) if return_lse else y
 
 
-def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
+def _launched(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counters: Tensor | None,
+    offsets: Tensor | None, k_offsets: Tensor | None, numbers: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`counters`: of dropout, the seed and the numbers of the first query and key. `numbers`: scale, softcap and dropout."""
+    call, lists = _walks(q, k, pattern, numbers)
+    q, k, v = (_lines(t) for t in (q, k, v))
+    return torch.ops.hippodrome.attention_fused(q, k, v, bias, slopes, counters, offsets, k_offsets, lists, *call.numbers())
+
+
+def _each_document(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counters: Tensor | None,
+    offsets: Tensor, k_offsets: Tensor, numbers: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A pack whose documents have lists of their own, one after another."""
+    at, k_at = read(offsets), read(k_offsets)
+    sizes, k_sizes = ([b - a for a, b in itertools.pairwise(ends)] for ends in (at, k_at))
+    # Pieces of one split: their gradients are put together once.
+    keys, values = k.split(k_sizes, 2), v.split(k_sizes, 2)
+    biases = None if bias is None else bias.split(sizes, 2)
+    found = []
+    for i, some in enumerate(q.split(sizes, 2)):
+        if not sizes[i] or not k_sizes[i]:
+            found.append((torch.zeros_like(some), some.new_full(some.shape[:3], -torch.inf, dtype=torch.float32)))
+            continue
+        own_bias = None if biases is None else biases[i][..., k_at[i] : k_at[i + 1]]
+        own = None if counters is None else torch.stack((counters[0], offsets[i].long(), k_offsets[i].long()))
+        found.append(_launched(some, keys[i], values[i], pattern, own_bias, slopes, own, None, None, numbers))
+    return torch.cat([y for y, _ in found], 2), torch.cat([lse for _, lse in found], 2)
+
+
+def _walks(q: Tensor, k: Tensor, pattern: Pattern, numbers: tuple[float, float, float]) -> tuple[Call, list[Tensor]]:
     """How the kernels find their tiles: as an interval, as a butterfly, or by lists."""
     code = CODES.get(type(pattern))
     if code is not None:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
-        return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
+        return Call(code, size, right, 0, 0, 0, *numbers), []
     tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
     found = _butterfly(pattern, k.shape[2] - q.shape[2])
     if found is not None:
-        return Call(*found, tile, 0, 0, 1.0, 0.0, 0.0), []
+        return Call(*found, tile, 0, 0, *numbers), []
     of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
-    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
+    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, *numbers), [
         *of_q.tensors(),
         *of_k.tensors(),
         table,
