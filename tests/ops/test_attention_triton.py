@@ -22,9 +22,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    _tiles.lists.cache_clear()
+    _tiles._cached.clear()
     yield
-    _tiles.lists.cache_clear()
+    _tiles._cached.clear()
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
@@ -87,6 +87,7 @@ OPTIONS = {
     "softcap and slopes": {"softcap": 2.0, "slopes": torch.tensor([0.1, 0.2])},
     "dropout": {"dropout": 0.3, "seed": 5},
     "a negative scale": {"scale": -0.3},
+    "a scale of 0": {"scale": 0.0},
     "pack": {"offsets": torch.tensor([0, 10, 10, 43, 70])},
     "pack with all": {
         "offsets": torch.tensor([0, 10, 10, 43, 70]),
@@ -161,6 +162,39 @@ def test_long_rows_are_cut(on_cpu, monkeypatch):
     pattern = BigBird(tile=16, n_random=0, form="encoder", length=250).sized(250, 2)
     assert _tiles.lists(pattern, 250, 250, 2, 16, torch.device("cpu"))[0].slots
     assert_same(backend._triton, pattern, (1, 2, 1, 250, 250, 16))
+
+
+@pytest.mark.parametrize("pattern", [Strided(7) & Causal(), Global(5) | Window(9), BigBird(tile=16)], ids=str)
+def test_masks_stand_once_and_are_found_in_pieces(monkeypatch, pattern):
+    def found():
+        _tiles._cached.clear()
+        of_q, _, table, triangular = _tiles.lists(pattern, 200, 200, 2, 16, torch.device("cpu"))
+        assert len(table) == len(table.unique(dim=0))
+        return [table[number] for number in of_q.masks if number >= 0] if len(table) else triangular
+
+    at_once = found()
+    monkeypatch.setattr(_tiles, "PAIRS", 3 * 16**2)
+    in_pieces = found()
+    assert at_once is in_pieces is True or all(map(torch.equal, at_once, in_pieces))
+
+
+def test_lists_that_were_not_asked_for_longest_go_first(monkeypatch):
+    _tiles._cached.clear()
+    few, many, last = Butterfly(16, 0), Butterfly(16), Butterfly(16, 1)
+    sizes = [_tiles._bytes(_tiles.lists(p, 512, 512, 1, 16, torch.device("cpu"))) for p in (few, many)]
+    _tiles.lists(few, 512, 512, 1, 16, torch.device("cpu"))
+    monkeypatch.setattr(_tiles, "CACHE", sum(sizes))
+    _tiles.lists(last, 512, 512, 1, 16, torch.device("cpu"))
+    assert [key[0] for key in _tiles._cached] == [few, last]
+
+
+@interpreted
+def test_a_butterfly_compiles(on_cpu):
+    q = torch.randn(1, 2, 64, 16)
+    compiled = torch.compile(lambda q: backend._triton(q, q, q, Butterfly(16) & Causal()), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q), backend._triton(q, q, q, Butterfly(16) & Causal()))
+    reason = torch.compile(lambda q: backend.unfit(q, q, q, Butterfly(16), False, None, None, None, None), fullgraph=True)
+    assert reason(q) is None
 
 
 @interpreted
