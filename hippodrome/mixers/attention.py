@@ -174,9 +174,9 @@ class Attention(Mixer[AttentionState]):
             how = self.rotary_dim, self.rotary_base, self.rotary_closed
             q, k = (rotate(t, position, *how) for t in (q, k))
         if state is None:
-            # In a causal pattern no real token sees the padding on its right, so only others need a mask.
-            real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = self._attend(q, k, v, k_position=real, pattern=self.config.pattern.sized(length, self.n_head))
+            # In a causal pattern no real token sees the padding on its right, so only others need to hide it.
+            padded = None if self.causal else lengths
+            y = self._attend(q, k, v, k_lengths=padded, pattern=self.config.pattern.sized(length, self.n_head))
         else:
             y, state = self._continue(q, k, v, position, state, lengths)
         return self.out_proj(y.transpose(1, 2).flatten(2)), state
@@ -205,6 +205,7 @@ class Attention(Mixer[AttentionState]):
         *,
         q_position: Tensor | None = None,
         k_position: Tensor | None = None,
+        k_lengths: Tensor | None = None,
         pattern: Pattern | None = None,
     ) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
@@ -212,7 +213,7 @@ class Attention(Mixer[AttentionState]):
         slopes = self.config.position.slopes(self.n_head, q.device) if isinstance(self.config.position, Alibi) else None
         bias = self._distance_bias(q, k, **places)
         pattern = self.config.pattern if pattern is None else pattern
-        return attention(q, k, v, pattern, **places, bias=bias, slopes=slopes, dropout=dropout)
+        return attention(q, k, v, pattern, **places, k_lengths=k_lengths, bias=bias, slopes=slopes, dropout=dropout)
 
     def _distance_bias(self, q: Tensor, k: Tensor, q_position: Tensor | None, k_position: Tensor | None) -> Tensor | None:
         """What T5's table adds to the scores, (B or 1, H, Lq, Lk)."""

@@ -88,6 +88,8 @@ OPTIONS = {
     "dropout": {"dropout": 0.3, "seed": 5},
     "a negative scale": {"scale": -0.3},
     "a scale of 0": {"scale": 0.0},
+    "padding": {"k_lengths": torch.tensor([50])},
+    "nothing but padding": {"k_lengths": torch.tensor([0])},
     "pack": {"offsets": torch.tensor([0, 10, 10, 43, 70])},
     "pack with all": {
         "offsets": torch.tensor([0, 10, 10, 43, 70]),
@@ -146,6 +148,18 @@ def test_a_butterfly_out_of_step_is_listed(pattern, ahead):
     assert backend._butterfly(pattern, ahead) is None
 
 
+PADDED = [Full(), Window(20, right=5), Butterfly(16), BigBird(tile=16, form="encoder", length=90), Global(5) | Window(9)]
+LENGTHS = torch.tensor([90, 37, 0])
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", PADDED, ids=str)
+def test_padding_is_hidden(on_cpu, pattern):
+    options = {"with_bias": True, "softcap": 3.0, "k_lengths": LENGTHS}
+    assert_same(backend._triton, pattern, (3, 2, 1, 90, 90, 16), **options)
+    assert_same(backend._triton, Prefix(30), (3, 2, 1, 3, 90, 16), k_lengths=LENGTHS.int())
+
+
 @interpreted
 def test_half_precision_and_padded_widths(on_cpu):
     assert_same(backend._triton, Causal(), (2, 4, 2, 70, 70, 40), torch.float16)
@@ -195,6 +209,13 @@ def test_a_butterfly_compiles(on_cpu):
     assert torch.equal(compiled(q), backend._triton(q, q, q, Butterfly(16) & Causal()))
     reason = torch.compile(lambda q: backend.unfit(q, q, q, Butterfly(16), False, None, None, None, None), fullgraph=True)
     assert reason(q) is None
+
+
+@interpreted
+def test_a_compiled_call_makes_its_lists_outside_of_the_graph(on_cpu):
+    q = torch.randn(1, 2, 64, 16)
+    compiled = torch.compile(lambda q: 2 * backend._triton(q, q, q, BigBird(tile=16)), backend="aot_eager")
+    assert torch.equal(compiled(q), 2 * backend._triton(q, q, q, BigBird(tile=16)))
 
 
 @interpreted
@@ -323,6 +344,13 @@ def test_butterflies_on_the_device(tile, width, dtype):
             assert_same(forced, pattern, (1, 4, 2, n_q, 2000, width), dtype, "cuda")
     offsets = torch.tensor([0, 1, 1, 700, 2000], device="cuda")
     assert_same(forced, Butterfly(tile) & Causal(), (1, 4, 2, 2000, 2000, width), dtype, "cuda", offsets=offsets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [*PADDED[:3], BigBird(tile=64, form="encoder", length=2000), PADDED[4]], ids=str)
+def test_padding_on_the_device(pattern):
+    lengths = torch.tensor([2000, 1037, 0], device="cuda")
+    assert_same(forced, pattern, (3, 4, 2, 2000, 2000, 64), torch.bfloat16, "cuda", k_lengths=lengths)
 
 
 @pytest.mark.gpu

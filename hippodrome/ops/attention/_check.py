@@ -27,6 +27,7 @@ def check(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -38,12 +39,14 @@ def check(
     """Raises BadInput unless the call has a meaning."""
     _check_shapes(q, k, v)
     tensors = {"k": k, "v": v, "q_position": q_position, "k_position": k_position, "offsets": offsets, "k_offsets": k_offsets}
+    tensors["k_lengths"] = k_lengths
     for name, t in (tensors | {"bias": bias, "slopes": slopes, "seed": seed}).items():
         if isinstance(t, Tensor) and t.device != q.device:
             raise BadInput(f"{name} is on {t.device}, q on {q.device}: all tensors of an attention must be on one device")
     _check_positions("q_position", q_position, q)
     _check_positions("k_position", k_position, k)
     _check_pack(q, k, offsets, k_offsets)
+    _check_lengths(k, k_lengths, offsets)
     target = (*q.shape[:3], k.shape[2])
     if bias is not None and (bias.ndim > 4 or not _broadcasts(bias, target)):
         raise BadInput(f"the bias is {_sizes(bias)}: it must broadcast to (B, H, Lq, Lk) = {tuple(target)}")
@@ -113,6 +116,15 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
             raise BadInput(f"{name} falls from {before} to {after}: the offsets of a pack ascend")
     if at[-1] != length:
         raise BadInput(f"{name} ends at {at[-1]}: a pack of {length} tokens ends at {length}")
+
+
+def _check_lengths(k: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> None:
+    if lengths is None:
+        return
+    if lengths.shape != k.shape[:1] or lengths.dtype not in _INTEGERS:
+        raise BadInput(f"k_lengths is {lengths.dtype} {_sizes(lengths)}: it must be int32 or int64 and ({k.shape[0]},)")
+    if offsets is not None:
+        raise BadInput("k_lengths of a pack: its documents hold no padding, k_offsets says where the keys of each end")
 
 
 def numbers(offsets: Tensor) -> list[int]:

@@ -237,12 +237,12 @@ def shown(seen, mask, q_at, k_at, here, table, T: tl.constexpr):
 
 @triton.jit
 def forward(
-    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, out, lse, part, part_lse,
+    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, out, lse, part, part_lse,
     heads, group, n_q, n_k, lse_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exps of a tile of queries, or of one piece of its keys."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -263,6 +263,9 @@ def forward(
     if at >= n_q:  # only in packs
         return
     shift = n_k - n_q
+    k_end = n_k
+    if PADDED:
+        k_end = tl.maximum(tl.minimum(k_end, tl.load(k_lengths + b)), 0).to(tl.int32)
     q_at = at + tl.arange(0, M)
     q_in = q_at < n_q
     d_at = tl.arange(0, D)
@@ -306,7 +309,7 @@ def forward(
         last = end + (tl.cdiv((at + shift) % A + M, N) if N <= T else 1)
     else:
         step = 1
-        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
+        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, k_end, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
         if SPLIT:
             split = tl.program_id(2)
@@ -334,7 +337,7 @@ def forward(
         for i in tl.range(i_0, i_1, step, num_stages=1 if TILED and stage == 1 else None):
             j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
-            k_in = there & (k_at < n_k)
+            k_in = there & (k_at < k_end)
             EDGE: tl.constexpr = TILED or stage == 1
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
@@ -403,12 +406,12 @@ def dot_products(
 
 @triton.jit
 def gradient_q(
-    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, d_y, lse, delta, d_q, d_bias, part,
+    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, lse, delta, d_q, d_bias, part,
     heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, or one piece of its sum; those of the bias on the way."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -429,6 +432,9 @@ def gradient_q(
     if at >= n_q:  # only in packs
         return
     shift = n_k - n_q
+    k_end = n_k
+    if PADDED:
+        k_end = tl.maximum(tl.minimum(k_end, tl.load(k_lengths + b)), 0).to(tl.int32)
     q_at = at + tl.arange(0, M)
     q_in = q_at < n_q
     d_at = tl.arange(0, D)
@@ -481,7 +487,7 @@ def gradient_q(
         last = end + (tl.cdiv((at + shift) % A + M, N) if N <= T else 1)
     else:
         step = 1
-        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, n_k, A, R, CODE)
+        lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, k_end, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
     acc = tl.zeros((M, D), tl.float32)
     for stage in tl.static_range(STAGES):
@@ -495,7 +501,7 @@ def gradient_q(
         for i in tl.range(i_0, i_1, step, num_stages=1 if TILED and stage == 1 else None):
             j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
             k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
-            k_in = there & (k_at < n_k)
+            k_in = there & (k_at < k_end)
             EDGE: tl.constexpr = TILED or stage == 1
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
@@ -532,12 +538,12 @@ def gradient_q(
 
 @triton.jit
 def gradient_kv(
-    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, d_y, lse, delta, d_k, d_v, part,
+    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, lse, delta, d_k, d_v, part,
     heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the heads that read them, or one piece of the sum.
 
@@ -564,11 +570,16 @@ def gradient_kv(
     if at >= n_k:  # only in packs
         return
     shift = n_k - n_q
+    members = group if GROUPED else 1
+    k_end = n_k
+    if PADDED:
+        k_end = tl.maximum(tl.minimum(k_end, tl.load(k_lengths + b)), 0).to(tl.int32)
+        members = tl.where(at < k_end, members, 0)
     k_at = at + tl.arange(0, N)
-    k_in = k_at < n_k
+    k_in = k_at < k_end
     d_at = tl.arange(0, D)
     d_in = d_at < width
-    within = k_in[:, None] & d_in[None, :]
+    within = (k_at < n_k)[:, None] & d_in[None, :]
     x_k = tl.load(
         k + b * sk_b + g * sk_h + k_0.to(tl.int64) * sk_t + k_at[:, None] * sk_t + d_at[None, :], mask=within, other=0.0
     )
@@ -608,7 +619,7 @@ def gradient_kv(
         first, whole, end, last = in_tiles(lo, a, z, hi, M)
     sum_k = tl.zeros((N, D), tl.float32)
     sum_v = tl.zeros((N, D), tl.float32)
-    for member in range(0, group if GROUPED else 1):
+    for member in range(0, members):
         h = h_0 + member
         line = b * heads + h
         q_h = q + b * sq_b + h * sq_h + q_0.to(tl.int64) * sq_t
@@ -662,6 +673,9 @@ def gradient_kv(
                 d_s = p * (d_p - loss[None, :]) * rest
                 sum_k = tl.dot(d_s.to(x_q.dtype), x_q, sum_k, input_precision=PRECISION)
     sum_k *= scale
+    if PADDED:
+        sum_k = tl.where(k_in[:, None], sum_k, 0.0)
+        sum_v = tl.where(k_in[:, None], sum_v, 0.0)
     if slot < 0:
         to = b * so_b + (row % many).to(tl.int64) * so_h + (k_0 + k_at.to(tl.int64))[:, None] * so_t + d_at[None, :]
         tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=within)

@@ -59,7 +59,6 @@ def _sides(pattern: Pattern) -> Iterator[int]:
             yield from _sides(part)
 
 
-@torch.compiler.disable
 def lists(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device) -> Walk:
     """Lists over the tiles of queries and over those of keys, and the masks of what is partly visible: int32 (n, tile, words),
     32 keys a word. Also whether partly visible tiles hide what comes after a query and nothing else: then there are no masks.

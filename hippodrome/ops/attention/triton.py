@@ -146,6 +146,7 @@ def _yields(
     pattern: Pattern,
     *,
     offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -159,7 +160,7 @@ def _yields(
     """
     if type(pattern) not in CODES and pattern.causal:
         return "lists of tiles under causality were wrong on a device in tiles of 64 and are not verified since: ask by name"
-    wants = [bias, slopes, softcap, offsets, seed if dropout else None]
+    wants = [bias, slopes, softcap, offsets, k_lengths, seed if dropout else None]
     plain = all(want is None for want in wants) and not return_lse and not torch.are_deterministic_algorithms_enabled()
     square = isinstance(pattern, Causal) and q.shape[2] == k.shape[2]
     if plain and (isinstance(pattern, Full) or square):
@@ -178,6 +179,7 @@ def _triton(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -199,7 +201,7 @@ def _triton(
     numbers = scale, softcap or 0.0, dropout
     ends = offsets if k_offsets is None else k_offsets
     if offsets is None or ends is None or _at_once(q, k, pattern, k_offsets):
-        y, lse = _launched(q, k, v, pattern, bias, slopes, counters, offsets, ends, numbers)
+        y, lse = _launched(q, k, v, pattern, bias, slopes, counters, offsets, ends, k_lengths, numbers)
     else:
         y, lse = _each_document(q, k, v, pattern, bias, slopes, counters, offsets, ends, numbers)
     return (y, lse) if return_lse else y
@@ -207,12 +209,13 @@ def _triton(
 
 def _launched(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counters: Tensor | None,
-    offsets: Tensor | None, k_offsets: Tensor | None, numbers: tuple[float, float, float],
+    offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None, numbers: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`counters`: of dropout, the seed and the numbers of the first query and key. `numbers`: scale, softcap and dropout."""
     call, lists = _walks(q, k, pattern, numbers)
     q, k, v = (_lines(t) for t in (q, k, v))
-    return torch.ops.hippodrome.attention_fused(q, k, v, bias, slopes, counters, offsets, k_offsets, lists, *call.numbers())
+    given = q, k, v, bias, slopes, counters, offsets, k_offsets, k_lengths, lists
+    return torch.ops.hippodrome.attention_fused(*given, *call.numbers())
 
 
 def _each_document(
@@ -232,7 +235,7 @@ def _each_document(
             continue
         own_bias = None if biases is None else biases[i][..., k_at[i] : k_at[i + 1]]
         own = None if counters is None else torch.stack((counters[0], offsets[i].long(), k_offsets[i].long()))
-        found.append(_launched(some, keys[i], values[i], pattern, own_bias, slopes, own, None, None, numbers))
+        found.append(_launched(some, keys[i], values[i], pattern, own_bias, slopes, own, None, None, None, numbers))
     return torch.cat([y for y, _ in found], 2), torch.cat([lse for _, lse in found], 2)
 
 
@@ -246,7 +249,9 @@ def _walks(q: Tensor, k: Tensor, pattern: Pattern, numbers: tuple[float, float, 
     found = _butterfly(pattern, k.shape[2] - q.shape[2])
     if found is not None:
         return Call(*found, tile, 0, 0, *numbers), []
-    of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
+    # Not a decorator there: that imports the compiler.
+    listed = torch.compiler.disable(_tiles.lists) if torch.compiler.is_compiling() else _tiles.lists
+    of_q, of_k, table, triangular = listed(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
     return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, *numbers), [
         *of_q.tensors(),
         *of_k.tensors(),
@@ -265,8 +270,8 @@ def _lines(t: Tensor) -> Tensor:
 @on_its_device
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None,
-    k_offsets: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
-    scale: float, cap: float, drop: float,
+    k_offsets: Tensor | None, k_lengths: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int,
+    slots_k: int, scale: float, cap: float, drop: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs like q and log-sum-exps (B, H, Lq)."""
     from hippodrome.ops.attention import _kernels as kernels
@@ -280,10 +285,10 @@ def _fused(
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
     plan, grid = _plan(0, M, q, n_q, offsets, lists)
     kernels.forward[grid, batch * heads, split](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
         *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
-        **_flags(call, bias, slopes, offsets, lists), **ways,
+        **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
     )  # fmt: skip
     if slots:
         kernels.merge[joins.shape[1], batch * heads](
@@ -382,8 +387,8 @@ def _asides(q: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor 
     return tuple(q if t is None else t for t in (bias, slopes, seed))
 
 
-def _pair(offsets: Tensor | None, k_offsets: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
-    return (other, other) if offsets is None or k_offsets is None else (offsets, k_offsets)
+def _ends(other: Tensor, *ends: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(other if t is None else t for t in ends)
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
@@ -391,7 +396,12 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
 
 
 def _flags(
-    call: Call, bias: Tensor | None, slopes: Tensor | None, offsets: Tensor | None, lists: list[Tensor]
+    call: Call,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    offsets: Tensor | None,
+    k_lengths: Tensor | None,
+    lists: list[Tensor],
 ) -> dict[str, Any]:
     return {
         "CODE": call.code,
@@ -403,6 +413,7 @@ def _flags(
         "CAP": call.cap > 0,
         "DROP": call.drop > 0,
         "PACKED": offsets is not None,
+        "PADDED": k_lengths is not None,
         "PER_HEAD": bool(lists) and lists[0].shape[0] > 1,
     }
 
@@ -417,8 +428,9 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 @on_its_device
 def _fused_backward(
     d_y: Tensor, d_lse: Tensor | None, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, lists: list[Tensor],
-    code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float, cap: float, drop: float, of_bias: bool,
+    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None,
+    lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
+    scale: float, cap: float, drop: float, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
     from hippodrome.ops.attention import _kernels as kernels
@@ -429,7 +441,7 @@ def _fused_backward(
     d_q, d_k, d_v, d_bias = _gradients(q, k, bias, of_bias)
     d_bias.zero_()
     delta = torch.empty_like(lse)
-    flags = _flags(call, bias, slopes, offsets, lists)
+    flags = _flags(call, bias, slopes, offsets, k_lengths, lists)
     D, M, N, ways = _layout(1, q, bias is not None, call)
     kernels.dot_products[-(-n_q // 64), rows](
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
@@ -437,7 +449,7 @@ def _fused_backward(
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
     plan, grid = _plan(1, M, q, n_q, offsets, lists)
     kernels.gradient_q[grid, rows](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
     )  # fmt: skip
@@ -450,7 +462,7 @@ def _fused_backward(
     part = q.new_empty(batch * many * slots_k * 2, N, D, dtype=torch.float32)
     plan, grid = _plan(2, N, q, n_k, k_offsets, lists)
     kernels.gradient_kv[grid, batch * many](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
     )  # fmt: skip
@@ -484,22 +496,22 @@ def _(d_y: Any, d_lse: Any, y: Any, lse: Any, q: Tensor, k: Tensor, v: Any, bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, lists = inputs[:9]
-    ctx.numbers = inputs[9:]
+    *tensors, lists = inputs[:10]
+    ctx.numbers = inputs[10:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors, *lists)
 
 
 def _grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
     y, lse, *rest = ctx.saved_tensors
-    tensors, lists = rest[:8], rest[8:]
+    tensors, lists = rest[:9], rest[9:]
     bias = tensors[3]
     of_bias = bias is not None and ctx.needs_input_grad[3]
     d_y = torch.zeros_like(y) if d_y is None else _lines(d_y)
     d_lse = None if d_lse is None else d_lse.contiguous()
     *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, lists, *ctx.numbers, of_bias)
     none = [None] * len(lists)
-    return *grads, d_bias.to(bias.dtype) if of_bias else None, None, None, None, None, none, *[None] * len(ctx.numbers)
+    return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * 5, none, *[None] * len(ctx.numbers)
 
 
 _fused.register_autograd(_grad, setup_context=_save)
@@ -526,7 +538,7 @@ def _butterfly_tiles(first: int, n: int, powers: int, causal: bool) -> int:
     return sum(1 + sum((i ^ bit) < (i if causal else n) for bit in bits) for i in range(first, n))
 
 
-def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
+def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
     """Two products, two a multiply-add. Packs are counted as if one document."""
     return 4 * q.shape[3] * _pairs(q, k, lists, code, a, r, tile)
 
