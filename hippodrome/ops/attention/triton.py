@@ -1,4 +1,4 @@
-"""attention on the GPU: tiles, an online softmax, and a backward that makes the weights again. See `_kernels.py`."""
+"""attention on the GPU: tiles, an online softmax, and a backward that makes the weights again. See `_forward.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDEST_FLOAT32 = 128
 """Wider ones need more shared memory than there is."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Prefix: 4}
-"""The patterns that the kernels compute as intervals: `_kernels.FULL`, ..."""
+"""The patterns that the kernels compute as intervals: `_walk.FULL`, ..."""
 BUTTERFLY, CAUSAL_BUTTERFLY = 5, 6
 """Those that they compute from the numbers of tiles; any other is a list of tiles."""
 PROGRAMS = 264
@@ -274,7 +274,7 @@ def _fused(
     slots_k: int, scale: float, cap: float, drop: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs like q and log-sum-exps (B, H, Lq)."""
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _forward as kernels
 
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     y, lse = _outputs(q)
@@ -433,7 +433,7 @@ def _fused_backward(
     scale: float, cap: float, drop: float, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _backward as kernels
 
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     batch, heads, n_q, width = q.shape
@@ -477,7 +477,7 @@ def _fused_backward(
 def _total(
     joins: Tensor, part: Tensor, out: Tensor, heads: int, n: int, slots: int, stride: int, offset: int, D: int, M: int
 ) -> None:
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _backward as kernels
 
     kernels.total[joins.shape[1], out.shape[0] * heads](
         joins, part, out, heads, n, out.shape[3], joins.shape[1], slots, stride, offset, *_strides(out), D=D, M=M,
