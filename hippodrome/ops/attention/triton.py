@@ -31,7 +31,7 @@ FEW = 16
 """Queries up to which that is done."""
 NARROW = 256
 """Windows and chunks up to this are walked in tiles of 64, which waste less on their edges."""
-BLOCKS = {64: ((128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 2)), 128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
