@@ -92,6 +92,13 @@ def _side_by_side(documents: Iterable[Tensor], rows: int, chunk: int) -> Iterato
         reading = after
 
 
+def overall(entries: list[dict[str, Any]]) -> float:
+    """Bits per byte of all positions together: of whole documents with the state carried. NaN without bytes."""
+    scored = [entry for entry in entries if entry["bytes"]]
+    size = sum(entry["bytes"] for entry in scored)
+    return sum(entry["bits_per_byte"] * entry["bytes"] for entry in scored) / size if size else math.nan
+
+
 def draw_positions(path: Path, entries: list[dict[str, Any]], title: str) -> None:
     """Write a PNG of what `by_position` found."""
     scored = [entry for entry in entries if entry["bits_per_byte"] is not None]

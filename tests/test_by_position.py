@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hippodrome.by_position import by_position, draw_positions
+from hippodrome.by_position import by_position, draw_positions, overall
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput, find
@@ -38,6 +38,8 @@ def test_buckets_are_those_of_whole_documents(tmp_path, monkeypatch, name, rows)
         assert found["bits_per_byte"] == pytest.approx(
             float(torch.cat(nats).detach().sum()) / math.log(2) / found["bytes"], rel=1e-5
         )
+    whole = sum(float(F.cross_entropy(model(d[None, :-1]).logits[0], d[1:], reduction="sum").detach()) for d in documents)
+    assert overall(entries) == pytest.approx(whole / math.log(2) / sum(len(d) - 2 for d in documents), rel=1e-5)
     draw_positions(tmp_path / "positions.png", entries, "tiny")
     assert (tmp_path / "positions.png").is_file()
 
