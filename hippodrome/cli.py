@@ -141,8 +141,8 @@ def eval_(
 
         entries = positions.by_position(model, task, split)
         whole = positions.overall(entries)
-        facts = {"split": split, "bits_per_byte": whole, "positions": entries}
-        write_json(run / "positions.json", facts | {"provenance": provenance(None, where)})
+        found = {"split": split, "bits_per_byte": whole, "positions": entries, "provenance": provenance(None, where)}
+        write_json(run / "positions.json", found)
         positions.draw_positions(run / "positions.png", entries, run.name)
         for entry in entries:
             span = f"{entry['first']:>9,} to {entry['stop']:>9,}"
