@@ -18,6 +18,7 @@ from hippodrome.model import BlockConfig, Model, ModelConfig
 from hippodrome.ops._op import use_backend
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full, Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.state import State
 from hippodrome.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ MIXERS = {
     "h3": (H3.Config(d_state=8), H3.Config(d_state=8)),
     "hybrid": (H3.Config(d_state=8), Attention.Config(n_head=2)),
     "heads of h3": (H3.Config(d_state=8, head_dim=4), H3.Config(d_state=8, use_shift=False)),
-    "grouped rotary": (Attention.Config(n_head=4, n_kv_head=2, rotary_dim=4), SSM.Config()),
+    "grouped rotary": (Attention.Config(n_head=4, n_kv_head=2, position=Rotary(4)), SSM.Config()),
 }
 
 

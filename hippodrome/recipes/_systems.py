@@ -10,6 +10,7 @@ from hippodrome.mixers.ssm import SSM
 from hippodrome.model import Mixer
 from hippodrome.part import BadInput, find, names, nearest
 from hippodrome.patterns import Full
+from hippodrome.positions import Rotary
 
 
 def mixer_named(name: str, *, d_model: int, length: int, bidirectional: bool) -> Mixer.Config:
@@ -25,11 +26,11 @@ def mixer_named(name: str, *, d_model: int, length: int, bidirectional: bool) ->
         raise BadInput(f"no system is called {name!r}: {nearest(name, [*names('mixers'), *names('lti')])}")
     config = find(Mixer, name).Config()
     changes: dict[str, Any] = {}
-    if _has(config, "rotary_dim"):
+    if _has(config, "position"):
         heads: int = getattr(config, "n_head", 1)
         if d_model % (2 * heads):
             raise BadInput(f"d_model is {d_model}: rotary positions of {heads} heads need a multiple of {2 * heads}")
-        changes["rotary_dim"] = d_model // heads
+        changes["position"] = Rotary()
     if bidirectional:
         both_ways = {"bidirectional": True, "pattern": Full(), "causal": False}
         switch = next((field for field in both_ways if _has(config, field)), None)
