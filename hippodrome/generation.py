@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hippodrome.cuda_graph import GraphedDecode
-from hippodrome.model import Model, ModelState, ModelStepper
+from hippodrome.model import Model, ModelState
 from hippodrome.part import BadInput
+from hippodrome.stepper import ModelStepper
 
 if TYPE_CHECKING:
     from hippodrome.tokenizer import Tokenizer

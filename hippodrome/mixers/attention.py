@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step, turn
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern, Window
 from hippodrome.positions import Alibi, Position, Rotary, T5Bias
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)
