@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from hippodrome import __version__, flags
-from hippodrome.generation import Sampling
 from hippodrome.part import BadInput, nearest
 from hippodrome.recipes import find_recipe
 from hippodrome.run import RunConfig
+from hippodrome.sampling import Sampling
 from hippodrome.task import Split
 
 if TYPE_CHECKING:
