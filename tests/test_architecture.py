@@ -28,7 +28,7 @@ FLOORS = (
     "lti embeds readouts checkpoint",
     "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
     "recipes compare grid catalog convert convert_vit doctor verify bench",
-    "demo cli __main__",
+    "demo dispatch cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
 
