@@ -267,6 +267,9 @@ def test_gradients_are_the_authors(name):
         # The gradient of a key's bias is zero but for rounding, and is compared to the others.
         assert (parameter.grad - expected[label]).abs().max() <= 3e-4 * max(float(expected[label].abs().max()), 1e-3 * largest)
     assert relative_error(table.grad, case[f"grad.param.{ROOT}embed/embeddings"]) <= 3e-4
+    if how["position_encoding_type"] == "absolute":
+        # Sines are not learned.
+        assert not case[f"grad.param.{ROOT}embed_1/embeddings"].any()
 
 
 @pytest.mark.parametrize("name", [*(name for name in PASSES if "in.cotangent" not in load(name)), ROLLED])
@@ -347,12 +350,14 @@ def test_latents_that_roll_are_the_authors_memory_of_fixed_size():
 def test_steps_with_resets_are_the_authors_sampler():
     name = "par_cache_official_sampler_with_resets"
     case, how, model = of_case(name, stride=settings(name)["z_index_dim"] // 2 + 1)
-    x, _ = vectors(case, how, case["out.events"][:, :-1].long())
-    state = model.init_state(2, 16)
+    prompt, events = 4, case["out.events"].long()
+    token, state = case["in.tokens"][:, 0].long(), model.init_state(2, 16)
     for t, was_reset in enumerate(case["step.was_reset"].tolist()):
         assert bool(model._begins(torch.tensor(t))) == bool(was_reset)
-        logits, state = model.step(x[:, t], state)
+        logits, state = model.step(vectors(case, how, token[:, None])[0].squeeze(1), state)
         assert_close(logits, case["step.logits"][:, t], 3e-5)
+        token = case["in.tokens"][:, t + 1].long() if t + 1 < prompt else logits.argmax(-1)
+        assert torch.equal(token, events[:, t + 1])
 
 
 def test_the_rotary_table_has_both_ends_and_the_sines_are_the_authors():
