@@ -449,13 +449,14 @@ class _CrossAttention(nn.Module):
 
     def forward(self, z: Tensor, context: _Context, number: int) -> Tensor:
         """What the latents become; the keys and values of the context are those of cross-attention `number`."""
-        q = self.Wq(self.query_norm(z)).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        position = context.position.repeat_interleave(self.per_position, 1)
+        # The latents of a position are queries of as many heads that read the same keys: (B, H M, N, K).
+        q = self.Wq(self.query_norm(z)).view(len(z), -1, self.per_position, self.n_head, self.d_head)
+        q = self._turned(q.permute(0, 3, 2, 1, 4).flatten(1, 2), context.position + self.query_offset)
         # Queries that are the last of the keys are what the op expects: a backend need not build a mask for them.
-        at = None if context.key_position is None and self.per_position == 1 else position
-        q = self._turned(q, position + self.query_offset)
+        at = None if context.key_position is None else context.position
         y = attention(q, *context.keys[number], Causal(), q_position=at, k_position=context.key_position)
-        z = z + self.dropout(self.out_proj(y.transpose(1, 2).flatten(2)))
+        y = y.unflatten(1, (self.n_head, self.per_position)).permute(0, 3, 2, 1, 4)
+        z = z + self.dropout(self.out_proj(y.reshape(*z.shape[:2], -1)))
         return z + self.dropout(self.channel(self.channel_norm(z))[0])
 
     def _turned(self, x: Tensor, position: Tensor) -> Tensor:

@@ -446,13 +446,14 @@ def test_the_loss_is_of_the_last_tokens_alone():
         model.loss(Batch(x, x), model.init_state(3))
 
 
-def test_it_is_saved_loaded_and_sampled_from_and_says_its_protocol(tmp_path):
-    model = small(eval_latents=5, stride=2)
+@pytest.mark.parametrize("how", [{"stride": 2}, {"stride": 0}, {"stride": 2, **OPTIONS[-1]}], ids=str)
+def test_it_is_saved_loaded_and_sampled_from_and_says_its_protocol(tmp_path, how):
+    model = small(eval_latents=5, **how)
     save(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved")
     assert again.config == model.config
     assert again.protocol == model.protocol
-    assert "5 latents, stride 2" in again.protocol
+    assert ("5 latents, stride 2" if how["stride"] else "5 latents that roll") in again.protocol
     prompts = [[1, 2, 3], [4] * 9]
     said = generate(again, prompts, 12, sampling=Sampling(temperature=0))
     row = list(prompts[1])
