@@ -36,7 +36,7 @@ FEW = 16
 """Queries up to which that is done."""
 NARROW = 256
 """Windows and chunks up to this are walked in tiles of 64, which waste less on their edges."""
-BLOCKS = {64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
@@ -155,11 +155,7 @@ def _yields(
     return_lse: bool = False,
     **_: object,
 ) -> str | None:
-    """Calls that torch's kernels take without a mask: those are taken for faster until measured otherwise. And those whose
-    results on a device have not been right yet.
-    """
-    if type(pattern) not in CODES and pattern.causal:
-        return "lists of tiles under causality were wrong on a device in tiles of 64 and are not verified since: ask by name"
+    """Calls that torch's kernels take without a mask: those are faster, as docs/performance.md has it."""
     wants = [bias, slopes, softcap, offsets, k_lengths, seed if dropout else None]
     plain = all(want is None for want in wants) and not return_lse and not torch.are_deterministic_algorithms_enabled()
     square = isinstance(pattern, Causal) and q.shape[2] == k.shape[2]
