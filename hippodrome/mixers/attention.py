@@ -10,7 +10,7 @@ Shapes: x (B, L, D); q (B, H, L, K); k, v (B, G, L, K), G = H unless queries are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -172,9 +172,9 @@ class Attention(Mixer[AttentionState]):
         if self.rotation is not None:
             q, k = (rotate(t, position, *self.rotation) for t in (q, k))
         if state is None:
-            # In a causal pattern no real token sees the padding on its right, so only others need a mask.
-            real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = self._attend(q, k, v, k_position=real, pattern=self.config.pattern.sized(length, self.n_head))
+            # In a causal pattern no real token sees the padding on its right, so only others need to hide it.
+            padded = None if self.causal else lengths
+            y = self._attend(q, k, v, k_lengths=padded, pattern=self.config.pattern.sized(length, self.n_head))
         else:
             y, state = self._continue(q, k, v, position, state, lengths)
         return self.out_proj(y.transpose(1, 2).flatten(2)), state
@@ -203,14 +203,15 @@ class Attention(Mixer[AttentionState]):
         *,
         q_position: Tensor | None = None,
         k_position: Tensor | None = None,
+        k_lengths: Tensor | None = None,
         pattern: Pattern | None = None,
     ) -> Tensor:
         position, dropout = self.config.position, self.config.dropout if self.training else 0.0
         pattern = self.config.pattern if pattern is None else pattern
+        places = {"q_position": q_position, "k_position": k_position, "k_lengths": k_lengths}
         if isinstance(position, T5Bias):
-            return self._attend_biased(q, k, v, position, q_position, k_position, pattern, dropout)
+            return self._attend_biased(q, k, v, position, places, pattern, dropout)
         slopes = position.slopes(self.n_head, q.device) if isinstance(position, Alibi) else None
-        places = {"q_position": q_position, "k_position": k_position}
         return attention(q, k, v, pattern, **places, slopes=slopes, dropout=dropout)
 
     def _attend_biased(
@@ -219,13 +220,13 @@ class Attention(Mixer[AttentionState]):
         k: Tensor,
         v: Tensor,
         position: T5Bias,
-        q_position: Tensor | None,
-        k_position: Tensor | None,
+        places: Mapping[str, Tensor | None],
         pattern: Pattern,
         dropout: float,
     ) -> Tensor:
         """With T5's table added to the scores: no backend takes biases of distances, so they are written out, in slices."""
         keys, before = k.shape[2], k.shape[2] - q.shape[2]
+        q_position, k_position = places["q_position"], places["k_position"]
         by_offset = self._by_offset(position, keys) if q_position is None else None
 
         def some(start: int, stop: int) -> Tensor:
@@ -235,13 +236,12 @@ class Attention(Mixer[AttentionState]):
                 k_at = torch.arange(keys, device=q.device)[None] if k_position is None else k_position
                 bias = self.distance_bias[position.bucket(q_at[:, :, None], k_at[:, None])].permute(0, 3, 1, 2)
             else:
-                # Padding is at a negative position, hidden, and its bias of no consequence.
+                # Padding is hidden, and its bias of no consequence.
                 seen = before + stop if pattern.causal and k_position is None else keys
                 bias = by_distance(by_offset, before + start, before + stop, seen).transpose(0, 1)
                 q_at = None if seen == before + stop else torch.arange(before + start, before + stop, device=q.device)[None]
-            places = {"q_position": q_at, "k_position": k_position}
             part = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
-            return attention(*part, pattern, **places, bias=bias, dropout=dropout)
+            return attention(*part, pattern, **(places | {"q_position": q_at}), bias=bias, dropout=dropout)
 
         return in_slices(some, q.shape[2], q.shape[0] * q.shape[1] * keys, dropout)
 
