@@ -231,12 +231,19 @@ def met(
     mask = lane * 0 - 1
     if LIST:
         SHARE: tl.constexpr = T // SIZE if SIZE < T else 1
-        entry = i // SHARE + lane // T
-        there = entry < (end + SHARE - 1) // SHARE
-        tile = tl.load(cols + entry, mask=there, other=0)
-        if TABLE:
-            mask = tl.load(ids + entry, mask=there, other=-1)
-        at = tile * T + i % SHARE * SIZE + lane % T
+        if SIZE <= T:  # one tile a step: its number is a scalar, and its members lie side by side
+            there = lane >= 0
+            tile = tl.load(cols + i // SHARE)
+            if TABLE:
+                mask += tl.load(ids + i // SHARE) + 1
+            at = tile * T + i % SHARE * SIZE + lane
+        else:
+            entry = i + lane // T
+            there = entry < end
+            tile = tl.load(cols + entry, mask=there, other=0)
+            if TABLE:
+                mask = tl.load(ids + entry, mask=there, other=-1)
+            at = tile * T + lane % T
     elif XOR:
         if SIZE <= T:
             share = A // SIZE

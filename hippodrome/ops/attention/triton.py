@@ -326,16 +326,16 @@ def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, i
 
 
 def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages where tiles of T are listed: T of a program's own side, about 64 of the other."""
-    other, warps, stages = 64, 8 if T == 128 else 4, 3 if T < 128 and D <= 64 else 2
-    if T == 128 and (role == 0 or (role == 1 and D <= 64)):
-        other = 128
-    if role == 2 and T >= 64 and D > 64:
+    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, about 64 of the other."""
+    other, warps, stages = 64, 4, 3 if D <= 64 else 2
+    if T == 128:
+        warps, stages = 4 if role == 0 and D <= 64 else 8, 3
+        if role == 2:
+            other, warps, stages = (32, 4, 2) if D <= 64 else (64, 8, 2)
+    elif role == 2 and T == 64 and D > 64:
         other, warps = 32, 8
     if wide or D > 128:
-        other = 32 if wide or role else 64
-    if wide:
-        stages = 1
+        other, warps, stages = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2
     return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
 
 
