@@ -140,11 +140,14 @@ def eval_(
         from hippodrome import by_position as positions
 
         entries = positions.by_position(model, task, split)
-        write_json(run / "positions.json", {"split": split, "positions": entries, "provenance": provenance(None, where)})
+        whole = positions.overall(entries)
+        found = {"split": split, "bits_per_byte": whole, "positions": entries, "provenance": provenance(None, where)}
+        write_json(run / "positions.json", found)
         positions.draw_positions(run / "positions.png", entries, run.name)
         for entry in entries:
             span = f"{entry['first']:>9,} to {entry['stop']:>9,}"
             print(f"{span}: {entry['bits_per_byte']} bits per byte, {entry['tokens']:,} tokens")
+        print(f"whole documents, state carried: {whole} bits per byte")
 
 
 def compare(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hippodrome.mixers._slices import by_distance, in_slices
 from hippodrome.model import Mixer, Stepper
 from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step, turn
@@ -207,21 +208,50 @@ class Attention(Mixer[AttentionState]):
         k_position: Tensor | None = None,
         pattern: Pattern | None = None,
     ) -> Tensor:
-        dropout = self.config.dropout if self.training else 0.0
-        places = {"q_position": q_position, "k_position": k_position}
-        slopes = self.config.position.slopes(self.n_head, q.device) if isinstance(self.config.position, Alibi) else None
-        bias = self._distance_bias(q, k, **places)
+        position, dropout = self.config.position, self.config.dropout if self.training else 0.0
         pattern = self.config.pattern if pattern is None else pattern
-        return attention(q, k, v, pattern, **places, bias=bias, slopes=slopes, dropout=dropout)
+        if isinstance(position, T5Bias):
+            return self._attend_biased(q, k, v, position, q_position, k_position, pattern, dropout)
+        slopes = position.slopes(self.n_head, q.device) if isinstance(position, Alibi) else None
+        places = {"q_position": q_position, "k_position": k_position}
+        return attention(q, k, v, pattern, **places, slopes=slopes, dropout=dropout)
 
-    def _distance_bias(self, q: Tensor, k: Tensor, q_position: Tensor | None, k_position: Tensor | None) -> Tensor | None:
-        """What T5's table adds to the scores, (B or 1, H, Lq, Lk)."""
-        if not isinstance(self.config.position, T5Bias):
-            return None
-        q_at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None] if q_position is None else q_position
-        k_at = torch.arange(k.shape[2], device=q.device)[None] if k_position is None else k_position
-        bucket = self.config.position.bucket(q_at[:, :, None], k_at[:, None, :])
-        return self.distance_bias[bucket].permute(0, 3, 1, 2)
+    def _attend_biased(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: T5Bias,
+        q_position: Tensor | None,
+        k_position: Tensor | None,
+        pattern: Pattern,
+        dropout: float,
+    ) -> Tensor:
+        """With T5's table added to the scores: no backend takes biases of distances, so they are written out, in slices."""
+        keys, before = k.shape[2], k.shape[2] - q.shape[2]
+        by_offset = self._by_offset(position, keys) if q_position is None else None
+
+        def some(start: int, stop: int) -> Tensor:
+            seen, q_at = keys, None if q_position is None else q_position[:, start:stop]
+            if by_offset is None:
+                assert q_at is not None
+                k_at = torch.arange(keys, device=q.device)[None] if k_position is None else k_position
+                bias = self.distance_bias[position.bucket(q_at[:, :, None], k_at[:, None])].permute(0, 3, 1, 2)
+            else:
+                # Padding is at a negative position, hidden, and its bias of no consequence.
+                seen = before + stop if pattern.causal and k_position is None else keys
+                bias = by_distance(by_offset, before + start, before + stop, seen).transpose(0, 1)
+                q_at = None if seen == before + stop else torch.arange(before + start, before + stop, device=q.device)[None]
+            places = {"q_position": q_at, "k_position": k_position}
+            part = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
+            return attention(*part, pattern, **places, bias=bias, dropout=dropout)
+
+        return in_slices(some, q.shape[2], q.shape[0] * q.shape[1] * keys, dropout)
+
+    def _by_offset(self, position: T5Bias, keys: int) -> Tensor:
+        """Biases of keys that stand -(n - 1) ... n - 1 places behind a query (2 n - 1, H)."""
+        at = torch.arange(1 - keys, keys, device=self.distance_bias.device)
+        return self.distance_bias[position.bucket(torch.zeros_like(at), at)]
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: AttentionState, lengths: Tensor | None

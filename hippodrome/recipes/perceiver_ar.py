@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal
 
 from hippodrome.channels.mlp import Mlp
@@ -16,7 +15,6 @@ from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.recipes._lm import BUDGET, Text
 from hippodrome.recipes._mirror_copy import COPY
 from hippodrome.run import RunConfig, TrainConfig
-from hippodrome.tasks.lm import Lm
 from hippodrome.tasks.mirror_copy import MirrorCopy
 
 LONG = Text(length=1024)
@@ -47,7 +45,7 @@ def perceiver_ar(
         stride: New tokens scored a pass; None: half of the latents.
         dropout: Of the embeddings and of what each block adds.
     """
-    task = Lm.Config(**asdict(text), seed=train.seed)
+    task = text.task(train)
     settings: dict[str, Any] = {
         "eval_latents": eval_latents,
         "stride": stride,
