@@ -18,6 +18,7 @@ from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, ModelConfig
 from hippodrome.patterns import Chunk, Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.task import Batch
 
@@ -27,7 +28,7 @@ MIXERS = {
     "h3": H3.Config(),
     "h3 with heads of 4": H3.Config(head_dim=4),
     "ssm": SSM.Config(),
-    "attention": Attention.Config(rotary_dim=4),
+    "attention": Attention.Config(position=Rotary(4)),
     "window": Attention.Config(pattern=Window(size=7)),
     "chunks": Attention.Config(pattern=Chunk(size=7)),
     "gss": GSS.Config(),

@@ -7,7 +7,7 @@ from hippodrome.mixers import _slices
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Full, Window
-from hippodrome.positions import Alibi, Rotary, T5Bias
+from hippodrome.positions import Alibi, T5Bias
 from tests.support import assert_close, build
 
 
@@ -101,9 +101,3 @@ def test_the_mixer_adds_them_to_its_scores(position):
     hidden = ~Causal().mask(9, 9)
     p = (q @ k.transpose(-1, -2) / 2 + bias).masked_fill(hidden, -torch.inf).softmax(-1)
     assert_close(mixer(x)[0], mixer.out_proj((p @ v).transpose(1, 2).flatten(2)))
-
-
-def test_rotary_is_the_old_field():
-    old, new = (build(config, 8) for config in (Attention.Config(rotary_dim=2), Attention.Config(position=Rotary(2))))
-    x = torch.randn(1, 5, 8)
-    assert torch.equal(old(x)[0], new(x)[0])

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippodrome.mixers._slices import by_distance, in_slices
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step, turn
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern, Window
 from hippodrome.positions import Alibi, Position, Rotary, T5Bias
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,6 @@ class Attention(Mixer[AttentionState]):
         n_kv_head: int | None = None
         """Heads of keys and values, a divisor of n_head; None: as many as queries."""
         pattern: Pattern = field(default_factory=Causal)
-        rotary_dim: int = 0
-        """Channels of each head that rotate with position; 0: none. The same as `position=Rotary(dim)`."""
-        rotary_base: float = 10000.0
         position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
@@ -150,7 +148,7 @@ class Attention(Mixer[AttentionState]):
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.config = config
         self.n_head, self.n_kv, self.d_head = n_head, n_kv, d_head
-        self.rotary_dim, self.rotary_base, self.rotary_closed = _rotation(config, d_head)
+        self.rotation = _rotation(config.position, d_head)
         if isinstance(config.position, T5Bias):
             self.distance_bias = nn.Parameter(torch.zeros(config.position.buckets, n_head))
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
@@ -171,9 +169,8 @@ class Attention(Mixer[AttentionState]):
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in self.Wqkv(x).split(sizes, -1))
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
-        if self.rotary_dim:
-            how = self.rotary_dim, self.rotary_base, self.rotary_closed
-            q, k = (rotate(t, position, *how) for t in (q, k))
+        if self.rotation is not None:
+            q, k = (rotate(t, position, *self.rotation) for t in (q, k))
         if state is None:
             # In a causal pattern no real token sees the padding on its right, so only others need a mask.
             real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
@@ -293,8 +290,10 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     def __init__(self, mixer: Attention) -> None:
         super().__init__(mixer)
-        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.rotary_closed)
-        self._frequency = frequencies(*table) if mixer.rotary_dim else None
+        self._frequency: Tensor | None = None
+        if mixer.rotation is not None:
+            dim, base, closed = mixer.rotation
+            self._frequency = frequencies(dim, base, mixer.Wqkv.weight.device, closed)
 
     def begin(self, state: AttentionState, position: Tensor) -> State:
         return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
@@ -324,17 +323,14 @@ class _AttentionStepper(Stepper[AttentionState]):
         return (state.k.nbytes + state.v.nbytes) * filled // max(1, slots * len(position))
 
 
-def _rotation(config: Attention.Config, d_head: int) -> tuple[int, float, bool]:
-    """How many channels of a head turn, their base, and whether their table is closed."""
-    dim, base, closed, name = config.rotary_dim, config.rotary_base, False, "rotary_dim"
-    if dim and config.position is not None:
-        raise BadInput(f"rotary_dim is {dim} and position is {config.position}: give one of them")
-    if isinstance(config.position, Rotary):
-        dim = d_head if config.position.dim is None else config.position.dim
-        base, closed, name = config.position.base, config.position.closed, "Rotary's dim"
+def _rotation(position: Position | None, d_head: int) -> tuple[int, float, bool] | None:
+    """How many channels of a head turn, their base, and whether their table is closed; None: none turn."""
+    if not isinstance(position, Rotary):
+        return None
+    dim = d_head if position.dim is None else position.dim
     if dim < 0 or dim % 2 or dim > d_head:
-        raise BadInput(f"{name} is {dim}: it must be even, 0 or more and at most the head width {d_head}")
-    return dim, base, closed
+        raise BadInput(f"Rotary's dim is {dim}: it must be even, 0 or more and at most the head width {d_head}")
+    return (dim, position.base, position.closed) if dim else None
 
 
 def _check_room(tokens: int, slots: int) -> None:

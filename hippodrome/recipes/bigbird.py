@@ -8,6 +8,7 @@ from __future__ import annotations
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
 from hippodrome.patterns import BigBird
+from hippodrome.positions import Rotary
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
@@ -38,5 +39,5 @@ def bigbird(
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     patterns = [BigBird(tile=tile, n_random=n_random, seed=layer) for layer in range(n_layer)]
-    mixers = [Attention.Config(n_head=n_head, pattern=pattern, rotary_dim=d_model // n_head) for pattern in patterns]
+    mixers = [Attention.Config(n_head=n_head, pattern=pattern, position=Rotary()) for pattern in patterns]
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
