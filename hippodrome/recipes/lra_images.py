@@ -77,7 +77,7 @@ def pathfinder(
     """Pathfinder: does a path of dashes join two discs? Path-X is resolution 128. Half of the answers are yes.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         resolution: Pixels a side; rows have its square.
         pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
         train_rows: Images drawn for training. The first run draws them, which takes a while; later ones find them in the cache.
@@ -103,7 +103,7 @@ def image(
     """Image: CIFAR-10 in grey, ten classes of 1,024 pixels, from the binary version of the data set.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         cifar: The folder of the binary version of CIFAR-10, or cifar-10-binary.tar.gz.
         pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
     """
@@ -162,11 +162,11 @@ def _states(size: Size, mixer: Name) -> Size:
 
 
 def _of_pixels(config: RunConfig, pixels: Pixels, **system: Any) -> RunConfig:
-    """The run with a signal instead of ids where one is read, and other settings of its state spaces."""
+    """The run with a signal instead of ids where one is read, and other settings of S4 and S4D."""
     model = config.model
     blocks = tuple(
         replace(block, mixer=replace(block.mixer, system=replace(block.mixer.system, **system)))
-        if isinstance(block.mixer, SSM.Config)
+        if isinstance(block.mixer, SSM.Config) and isinstance(block.mixer.system, (S4.Config, S4D.Config))
         else block
         for block in model.blocks
     )

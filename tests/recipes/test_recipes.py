@@ -215,7 +215,7 @@ def test_unknown_names_get_the_nearest():
 
 # Long Range Arena
 
-MIXERS = ("s4", "s4d", "s5", "mega", "transformer", "linear_transformer")
+MIXERS = ("s4", "s4d", "dss", "dlr", "gss", "s5", "mega", "mega_chunk", "transformer", "linear_transformer")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -229,7 +229,7 @@ def test_a_classifier_of_every_mixer_reads_its_task(name, mixer):
     ids = torch.randint(1, 16, shape)
     loss = model.loss(Batch(ids, torch.tensor([0, 1]), torch.randint(1, length, shape[:-1])))
     loss.total.backward()
-    assert not model.causal
+    assert model.causal == (mixer == "gss")
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -252,6 +252,9 @@ def test_published_sizes_of_the_arena():
     assert (len(mega.model.blocks), mega.model.d_model, mega.model.blocks[0].channel.d_ff) == (6, 80, 160)
     assert (mega.model.blocks[0].mixer.max_positions, retrieval(mixer="mega").model.blocks[0].norm) == (2002, "scale")
     assert (mega.train.betas, mega.train.schedule, mega.train.steps) == ((0.9, 0.98), "linear", 90_000)
+    chunked = text(mixer="mega_chunk")
+    assert (chunked.model.blocks[0].mixer.chunk, text(mixer="mega").model.blocks[0].mixer.chunk) == (128, None)
+    assert (listops(mixer="dlr").train.lr, listops(mixer="dss").train) == (8e-4, listops(mixer="s4d").train)
     base = listops(mixer="transformer")
     block = base.model.blocks[0]
     assert (len(base.model.blocks), base.model.d_model, block.channel.d_ff, block.mixer.n_head) == (4, 512, 1024, 8)
