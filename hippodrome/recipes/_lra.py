@@ -5,8 +5,8 @@ states, for attention those of the benchmark. DSS, DLR and GSS stand in S4's blo
 with is not known here (DLR trains at the rate of its own trees), and GSS, which looks back only, was published without.
 
 Alike for every mixer, and not as each of them has it, are the readout, a linear map of the mean over positions (the benchmark's
-Transformer reads its first token, Mega has a hidden layer), and gradients clipped at 1. Transformers have learned positions, and
-their rate falls as a cosine, not as the root of the steps.
+Transformer reads its first token, Mega has a hidden layer), and gradients clipped at 1. Transformers have learned positions,
+and their rate falls as a cosine, not as the root of the steps.
 """
 
 from __future__ import annotations
