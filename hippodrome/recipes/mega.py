@@ -25,6 +25,7 @@ def mega(
     d_value: int | None = None,
     d_state: int = 16,
     function: Literal["softmax", "laplace", "relu2"] = "softmax",
+    bias: Literal["simple", "rotary"] = "rotary",
     dropout: float = 0.0,
     inner_dropout: float = 0.0,
     text: Text = SOTU,
@@ -40,6 +41,7 @@ def mega(
         d_value: Width of values; None: 2 d_model.
         d_state: Averages of a channel.
         function: What makes weights of scores.
+        bias: What a distance adds to a score: simple has a number for each up to the row's length, rotary any.
         dropout: Of the embeddings, the averages and what the blocks add.
         inner_dropout: Of attention weights, values and the MLPs' inner channels.
     """
@@ -48,6 +50,8 @@ def mega(
         d_value=d_value,
         d_state=d_state,
         function=function,
+        bias=bias,
+        max_positions=max(Mega.Config.max_positions, text.length),
         attention_dropout=inner_dropout,
         hidden_dropout=inner_dropout,
     )
@@ -64,6 +68,7 @@ def chunked(
     d_value: int | None = None,
     d_state: int = 16,
     function: Literal["softmax", "laplace", "relu2"] = "softmax",
+    bias: Literal["simple", "rotary"] = "rotary",
     dropout: float = 0.0,
     inner_dropout: float = 0.0,
     text: Text = SOTU,
@@ -80,6 +85,7 @@ def chunked(
         d_value: Width of values; None: 2 d_model.
         d_state: Averages of a channel.
         function: What makes weights of scores.
+        bias: What a distance adds to a score: simple is a number for each within a chunk, rotary is good in larger ones too.
         dropout: Of the embeddings, the averages and what the blocks add.
         inner_dropout: Of attention weights, values and the MLPs' inner channels.
     """
@@ -89,6 +95,7 @@ def chunked(
         d_value=d_value,
         d_state=d_state,
         function=function,
+        bias=bias,
         attention_dropout=inner_dropout,
         hidden_dropout=inner_dropout,
     )

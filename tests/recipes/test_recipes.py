@@ -101,6 +101,30 @@ def test_attention_goes_where_it_is_told():
         h3(n_layer=4, attention_layers=(4,))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("s4d", {"init": "inv", "disc": "bilinear"}),
+        ("dlr", {"init": "random", "readout": "product"}),
+        ("gss", {"init": "lin", "imag": "plain"}),
+        ("gss.hybrid", {"init": "lin", "imag": "plain"}),
+        ("s5", {"activation": "full_glu"}),
+        ("mega", {"function": "laplace", "bias": "simple"}),
+        ("mega.chunked", {"function": "relu2", "bias": "simple"}),
+        ("dlr.atomic", {"readout": "product"}),
+        ("gss.atomic", {"init": "lin", "imag": "plain"}),
+    ],
+)
+def test_variants_of_a_system_are_words_of_its_recipe(name, words):
+    mixer = find_recipe(name)(**words).model.blocks[0].mixer
+    config = getattr(mixer, "system", mixer)
+    assert {word: getattr(config, word) for word in words} == words
+
+
+def test_a_simple_bias_reaches_over_the_row():
+    assert find_recipe("mega")(bias="simple", text=Text(length=3000)).model.blocks[0].mixer.max_positions == 3000
+
+
 def test_the_gss_hybrid_has_chunks_of_attention_in_every_fourth_block():
     config = find_recipe("gss.hybrid")(n_layer=9)
     assert attention_layers(config) == [3, 7]
