@@ -54,7 +54,7 @@ def test_published_sizes_of_the_segmentation(resolution, published):
     assert (mixer.bidirectional, mixer.glu, config.model.readout.balanced, config.task.size) == (True, True, True, resolution)
 
 
-@pytest.mark.parametrize("mixer", ["dlr", "s4d", "s4"])
+@pytest.mark.parametrize("mixer", ["dlr", "s4d", "s4", "dss", "s5", "mega_chunk"])
 def test_a_segmentation_answers_at_every_pixel(mixer):
     size = Size(n_layer=1, d_model=8, d_state=8)
     model = find_recipe("lra_images.pathfinder_segmentation")(mixer=mixer, size=size).model.build()

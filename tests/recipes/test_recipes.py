@@ -297,7 +297,7 @@ def test_a_budget_replaces_what_is_published_field_by_field():
         find_recipe("lra.text")(size=Size(d_model=0)).model.build()
 
 
-@pytest.mark.parametrize("mixer", ["dlr", "s4d", "attention"])
+@pytest.mark.parametrize("mixer", ["dlr", "s4", "s4d", "dss", "gss", "s5", "mega_chunk", "linear_attention", "attention"])
 def test_subtrees_are_read_out_at_every_position(mixer):
     config = find_recipe("listops_subtrees")(mixer=mixer, n_layer=1, d_model=16, d_state=8)
     logits = config.model.build()(torch.randint(1, 16, (2, 40)), lengths=torch.tensor([40, 25])).logits
