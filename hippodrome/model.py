@@ -120,6 +120,10 @@ class BlockConfig:
     norm_eps: float | None = None
     """What the norms add to the variance; None: as is usual for them."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout <= 1:
+            raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and at most 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -78,7 +78,7 @@ class TrainConfig:
             raise BadInput(f"lr is {self.lr}: it must be above 0")
         if self.clip is not None and not self.clip > 0:
             raise BadInput(f"clip is {self.clip}: it must be above 0, or none")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < float("inf"):
             raise BadInput(f"weight_decay is {self.weight_decay}: it must be 0 or more")
         if not 0 <= self.warmup <= 1 or not 0 <= self.lr_final <= 1:
             raise BadInput(f"warmup {self.warmup} and lr_final {self.lr_final} are shares, between 0 and 1")

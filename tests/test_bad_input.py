@@ -122,6 +122,8 @@ CASES = {
     "negative learning rate": ([*LM, "--lr", "-1"], "lr is -1"),
     "learning rate in words": ([*LM, "--lr", "fast"], "fast"),
     "negative decay": ([*LM, "--weight-decay", "-0.1"], "weight_decay is -0.1"),
+    "decay without end": ([*LM, "--weight-decay", "inf"], "weight_decay is inf"),
+    "decay that is no number": ([*LM, "--weight-decay", "nan"], "weight_decay is nan"),
     "warm-up beyond the end": ([*LM, "--warmup", "2"], "warmup 2"),
     "a flag without its value": ([*LM, "--d-model"], "--d-model"),
     "negative width": ([*LM, "--d-model", "-16"], "-16"),
@@ -133,6 +135,8 @@ CASES = {
     "attention in a block that is not": ([*LM, "--attention-layers", "5"], "attention_layers has 5"),
     "no tokens a row": ([*LM, "--length", "0"], "length is 0"),
     "dropout of all": ([*LM, "--dropout", "1.5"], "1.5"),
+    "dropout of all where no tokens are": (["train", "lra_images.pathfinder", "--dropout", "1.5", "--out", "{}/new"], "1.5"),
+    "dropout that is no number": (["train", "listops_subtrees", "--dropout", "nan", "--out", "{}/new"], "dropout is nan"),
     "no rows of a language": ([*LANGUAGE, "--rows", "0"], "train_rows is 0"),
     "negative epochs": ([*LANGUAGE, "--epochs", "-1"], "steps is"),
     # devices

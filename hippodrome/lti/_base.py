@@ -96,28 +96,30 @@ class Diagonal(LTI[DiagonalState]):
     """
 
     def modes(self) -> tuple[Tensor, Tensor]:
-        """log_modes and output weights, (H, N) complex64: logarithms of the discrete eigenvalues, and C times B."""
+        """log_modes and output weights, (H, N): logarithms of the discrete eigenvalues, complex128, since a phase rounded to
+        float32 is lost after a million tokens, and C times B, complex64 as the state is."""
         raise NotImplementedError
 
     def recurrence(self) -> tuple[Tensor, Tensor]:
         """exp(log_modes) and output weights, (H, N) complex: what one step needs. Override it where it is cheaper to get."""
         log_modes, weights = self.modes()
-        return torch.exp(log_modes), weights
+        return torch.exp(log_modes).to(weights.dtype), weights
 
     def kernel(self, length: int) -> Tensor:
         return mode_kernel(*self.modes(), length)
 
     def response(self, state: DiagonalState, length: int) -> Tensor:
         log_modes, weights = self.modes()
-        return torch.einsum("...hn,hnl->...hl", state.z * weights, mode_powers(log_modes, length + 1)[..., 1:]).real
+        powers = mode_powers(log_modes, length + 1, weights.dtype)[..., 1:]
+        return torch.einsum("...hn,hnl->...hl", state.z * weights, powers).real
 
     def advance(self, u: Tensor, state: DiagonalState, lengths: Tensor | None = None) -> DiagonalState:
         log_modes, weights = self.modes()
         return self._advance(u, state, lengths, log_modes, weights)
 
     def init_state(self, *batch: int) -> DiagonalState:
-        log_modes, _ = self.modes()
-        return DiagonalState(torch.zeros(*batch, *log_modes.shape, dtype=log_modes.dtype, device=log_modes.device))
+        _, weights = self.modes()
+        return DiagonalState(torch.zeros(*batch, *weights.shape, dtype=weights.dtype, device=weights.device))
 
     def step(self, u: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState]:
         return self._step(u, state, *self.recurrence())
@@ -162,7 +164,7 @@ class Diagonal(LTI[DiagonalState]):
         # Padding decays a state and cannot be undone, so real tokens are moved to the end and silence goes in front.
         _, driven = diagonal_ssm(right_align(u, lengths), log_modes, weights, return_state=True)
         count = lengths.reshape(-1, *[1] * (u.dim() - 1)).to(log_modes.real.dtype)
-        return DiagonalState(driven + torch.exp(count * log_modes) * state.z)
+        return DiagonalState(driven + torch.exp(count * log_modes).to(weights.dtype) * state.z)
 
 
 def right_align(u: Tensor, lengths: Tensor) -> Tensor:

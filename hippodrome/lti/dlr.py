@@ -78,7 +78,7 @@ class DLR(Diagonal):
     def modes(self) -> tuple[Tensor, Tensor]:
         """Lambda of every channel and the weights whose real part is the read-out; of "product" for all pairs of modes.
 
-        The phases of pairs are summed in float64 and brought to [-pi, pi), where float32 errs by 1e-7 rad a token.
+        The phases of pairs are summed in float64 and brought to [-pi, pi).
         """
         rate, w = self._lambda(torch.float64), self._w(torch.float64)
         if self.readout == "product":
@@ -89,7 +89,7 @@ class DLR(Diagonal):
         else:
             w = w * _ROTATION[self.readout]
         kept = torch.promote_types(self.W.dtype, torch.complex64)
-        return rate.to(kept).repeat(len(w), 1), w.to(kept)
+        return rate.repeat(len(w), 1), w.to(kept)
 
     def kernel(self, length: int) -> Tensor:
         """From one table of powers for all channels."""

@@ -106,7 +106,7 @@ class DSS(Diagonal):
         elif self.config.scale:
             w = w * expm1_over(dt_lambda) * (dt_lambda / rate)
         kept = torch.promote_types(self.W.dtype, torch.complex64)
-        return dt_lambda.to(kept), w.to(kept)
+        return dt_lambda, w.to(kept)
 
 
 def _softmax_scale(dt_lambda: Tensor, rate: Tensor, length: int) -> Tensor:

@@ -49,7 +49,7 @@ class EMA(Diagonal):
         log_q = torch.log1p(-torch.sigmoid(self.delta.double()) * torch.sigmoid(self.alpha.double()))
         weights = self.input_weights() * self.gamma * self.gamma.shape[1] ** -0.5
         kept = torch.promote_types(self.gamma.dtype, torch.complex64)
-        return log_q.to(kept), weights.to(kept)
+        return log_q.to(torch.complex128), weights.to(kept)
 
     def input_weights(self) -> Tensor:
         """p beta (H, N): the authors' state h is p beta z."""

@@ -99,7 +99,7 @@ class S4D(Diagonal):
         dt_a, b_bar = self._discretise(torch.float64, rate)
         log_a_bar = dt_a if self.disc == "zoh" else _log_bilinear(dt_a / 2)
         kept = torch.promote_types(self.C.dtype, torch.complex64)
-        return log_a_bar.to(kept), self._weights(b_bar).to(kept)
+        return log_a_bar, self._weights(b_bar).to(kept)
 
     def recurrence(self) -> tuple[Tensor, Tensor]:
         dt_a, b_bar = self._discretise(self.C.dtype)

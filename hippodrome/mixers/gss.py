@@ -110,7 +110,7 @@ class _System(Diagonal):
         rate = torch.complex(-self.Lambda_re.double().exp(), im.exp() if self.imag == "exp" else im)
         weights = torch.view_as_complex(self.C.double()) * expm1_over(rate)
         kept = torch.promote_types(self.C.dtype, torch.complex64)
-        return rate.to(kept).repeat(len(self.C), 1), weights.to(kept)
+        return rate.repeat(len(self.C), 1), weights.to(kept)
 
 
 class _GSSStepper(Stepper[DiagonalState]):

@@ -81,6 +81,8 @@ class S5(Mixer[S5State]):
                 raise BadInput(f"the time steps [{self.dt_min}, {self.dt_max}] are no range: 0 < dt_min <= dt_max")
             if self.step_rescale <= 0:
                 raise BadInput(f"step_rescale is {self.step_rescale}: it must be positive, 1 for the rate of training")
+            if not 0 <= self.dropout < 1:
+                raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
 
     def __init__(self, config: Config, d_model: int) -> None:
         super().__init__()

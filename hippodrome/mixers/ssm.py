@@ -39,6 +39,10 @@ class SSM(Mixer[State]):
         glu: bool = True
         dropout: float = 0.0
 
+        def __post_init__(self) -> None:
+            if not 0 <= self.dropout < 1:
+                raise BadInput(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+
     def __init__(self, config: Config, d_model: int) -> None:
         super().__init__()
         self.causal = not config.bidirectional

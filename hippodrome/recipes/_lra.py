@@ -1,9 +1,12 @@
 """What the recipes of Long Range Arena share: the published sizes and budgets, and the models around the mixers.
 
 Sizes, norms and budgets are those of each model's own authors: for S4 the configs of its version 4, for S4D the same with 64
-states, for attention those of the benchmark. Alike for every mixer, and not as each of them has it, are the readout, a linear
-map of the mean over positions (the benchmark's Transformer reads its first token, Mega has a hidden layer), and gradients
-clipped at 1. Transformers have learned positions, and their rate falls as a cosine, not as the root of the steps.
+states, for attention those of the benchmark. DSS, DLR and GSS stand in S4's blocks and budgets: what DSS and DLR were published
+with is not known here (DLR trains at the rate of its own trees), and GSS, which looks back only, was published without.
+
+Alike for every mixer, and not as each of them has it, are the readout, a linear map of the mean over positions (the benchmark's
+Transformer reads its first token, Mega has a hidden layer), and gradients clipped at 1. Transformers have learned positions,
+and their rate falls as a cosine, not as the root of the steps.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from typing import Literal
 
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
+from hippodrome.lti.dlr import DLR
+from hippodrome.lti.dss import DSS
 from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.gss import GSS
 from hippodrome.mixers.linear_attention import LinearAttention
 from hippodrome.mixers.mega import Mega
 from hippodrome.mixers.s5 import S5
@@ -28,7 +34,9 @@ from hippodrome.patterns import BigBird, Butterfly, Full
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.task import Task
 
-Name = Literal["s4", "s4d", "s5", "mega", "transformer", "linear_transformer", "bigbird", "block_sparse"]
+Name = Literal[
+    "s4", "s4d", "dss", "dlr", "gss", "s5", "mega", "mega_chunk", "transformer", "linear_transformer", "bigbird", "block_sparse"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,8 @@ class Size:
     n_head: int | None = None
     """Attention heads."""
     d_state: int | None = None
-    """States of a channel: 4 of S4, 64 of S4D, 16 averages of Mega; of S5 those of a layer, begun as one HiPPO matrix."""
+    """States of a channel: 4 of S4, 64 of S4D and DSS, 16 averages of Mega; modes of a layer: 1024 of DLR, 512 of GSS; of S5
+    those of a layer, begun as one HiPPO matrix."""
     dropout: float | None = None
     """Of the embeddings and of what each block adds."""
 
@@ -114,6 +123,20 @@ def _s4d(size: Size, length: int) -> Mixer.Config:
     return SSM.Config(system=system, bidirectional=True)
 
 
+def _dss(size: Size, length: int) -> Mixer.Config:
+    return SSM.Config(system=DSS.Config(d_state=64 if size.d_state is None else size.d_state), bidirectional=True)
+
+
+def _dlr(size: Size, length: int) -> Mixer.Config:
+    system = DLR.Config(d_state=1024 if size.d_state is None else size.d_state, dt_min=1e-4, dt_max=1e-1)
+    return SSM.Config(system=system, bidirectional=True)
+
+
+def _gss(size: Size, length: int) -> Mixer.Config:
+    # Modes drawn at random forget within some twenty tokens.
+    return GSS.Config(d_state=512 if size.d_state is None else size.d_state, init="lin")
+
+
 def _s5(published: S5.Config) -> Build:
     def mixer(size: Size, length: int) -> Mixer.Config:
         dropout = published.dropout if size.dropout is None else size.dropout
@@ -132,6 +155,15 @@ def _mega(size: Size, length: int) -> Mixer.Config:
 
 def _mega_on_pixels(size: Size, length: int) -> Mixer.Config:
     return replace(_mega(size, length), function="laplace")  # type: ignore[call-arg]
+
+
+def _in_chunks(published: Published) -> Published:
+    """Mega-chunk: attention within chunks of 128 tokens, of 4096 on Path-X (both from memory of the paper)."""
+
+    def mixer(size: Size, length: int) -> Mixer.Config:
+        return replace(published.mixer(size, length), chunk=4096 if length > 4096 else 128)  # type: ignore[call-arg]
+
+    return replace(published, mixer=mixer)
 
 
 def _transformer(size: Size, length: int) -> Mixer.Config:
@@ -311,8 +343,12 @@ _OF_MEGA = {
 MODELS: dict[str, dict[str, Published]] = {
     "s4": _of_s4(_s4),
     "s4d": _of_s4(_s4d),
+    "dss": _of_s4(_dss),
+    "dlr": {task: replace(published, lr=8e-4) for task, published in _of_s4(_dlr).items()},
+    "gss": _of_s4(_gss),
     "s5": _OF_S5,
     "mega": _OF_MEGA,
+    "mega_chunk": {task: _in_chunks(published) for task, published in _OF_MEGA.items()},
     "transformer": _of_attention(_transformer),
     "linear_transformer": _of_attention(_linear_transformer),
     "bigbird": _of_attention(_bigbird),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hippodrome.lti.dlr import DLR
+from typing import Literal
+
+from hippodrome.lti.dlr import DLR, Readout
 from hippodrome.mixers.ssm import SSM
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
@@ -19,6 +21,8 @@ def dlr(
     d_model: int = 256,
     d_ff: int | None = None,
     d_state: int = 128,
+    init: Literal["omega", "random"] = "omega",
+    readout: Readout = "real",
     dropout: float = 0.0,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
@@ -30,9 +34,11 @@ def dlr(
         d_model: Width.
         d_ff: Width inside the MLPs; None: 4 d_model.
         d_state: Modes of a layer, shared by its channels.
+        init: Frequencies of the Fourier transform, or random ones.
+        readout: What of the complex answer is heard; product (DLR-prod) remembers all pairs of modes.
         dropout: Of the embeddings and of what each block adds.
     """
-    mixers = [SSM.Config(system=DLR.Config(d_state=d_state))] * n_layer
+    mixers = [SSM.Config(system=DLR.Config(d_state=d_state, init=init, readout=readout))] * n_layer
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
@@ -41,11 +47,12 @@ def synthetic(*, language: Language = PAPER) -> RunConfig:
     return _synthetic(SSM.Config(system=DLR.Config(d_state=64), glu=False), language)
 
 
-def atomic(*, d_state: int = 4096, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+def atomic(*, d_state: int = 4096, readout: Readout = "real", exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
     """DLR on an atomic task, as its paper trains it.
 
     Args:
         d_state: Modes, shared by the channels.
+        readout: What of the complex answer is heard; the paper has real and product (DLR-prod).
     """
-    system = DLR.Config(d_state=d_state, dt_min=1e-5, dt_max=1e-5)
+    system = DLR.Config(d_state=d_state, readout=readout, dt_min=1e-5, dt_max=1e-5)
     return _atomic(SSM.Config(system=system, glu=False), exercise, lr=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.gss import GSS
@@ -19,12 +20,17 @@ from hippodrome.recipes._synthetic import PAPER, Language
 from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
+Init = Literal["random", "lin"]
+Imag = Literal["exp", "plain"]
+
 
 def gss(
     *,
     n_layer: int = 4,
     d_model: int = 256,
     d_state: int = 512,
+    init: Init = "random",
+    imag: Imag = "exp",
     dropout: float = 0.0,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
@@ -35,9 +41,12 @@ def gss(
         n_layer: Blocks.
         d_model: Width.
         d_state: Modes of a layer's system.
+        init: Modes drawn at random, as in the paper, forget within some twenty tokens; lin spreads them and lets them last.
+        imag: The imaginary parts of the modes are exponentials, as in the paper, or plain numbers.
         dropout: Of the embeddings and of what each block adds.
     """
-    return _without_mlps([GSS.Config(d_state=d_state)] * n_layer, text, train, d_model=d_model, d_ff=None, dropout=dropout)
+    mixers = [GSS.Config(d_state=d_state, init=init, imag=imag)] * n_layer
+    return _without_mlps(mixers, text, train, d_model=d_model, d_ff=None, dropout=dropout)
 
 
 def hybrid(
@@ -46,6 +55,8 @@ def hybrid(
     d_model: int = 256,
     d_ff: int | None = None,
     d_state: int = 512,
+    init: Init = "random",
+    imag: Imag = "exp",
     n_head: int = 4,
     chunk: int = 512,
     every: int = 4,
@@ -60,6 +71,8 @@ def hybrid(
         d_model: Width.
         d_ff: Width inside the MLPs of the Transformer blocks; None: 4 d_model.
         d_state: Modes of a GSS layer's system.
+        init: Modes drawn at random, as in the paper, forget within some twenty tokens; lin spreads them and lets them last.
+        imag: The imaginary parts of the modes are exponentials, as in the paper, or plain numbers.
         n_head: Attention heads. Positions are rotary, where the paper has T5's biases.
         chunk: Tokens of a chunk of attention.
         every: One block in so many is a Transformer's, the last of each group.
@@ -70,7 +83,8 @@ def hybrid(
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     attention = Attention.Config(n_head=n_head, pattern=Chunk(size=chunk), position=Rotary(d_model // n_head // 2 * 2))
-    mixers = [attention if layer % every == every - 1 else GSS.Config(d_state=d_state) for layer in range(n_layer)]
+    layer = GSS.Config(d_state=d_state, init=init, imag=imag)
+    mixers = [attention if index % every == every - 1 else layer for index in range(n_layer)]
     return _without_mlps(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
@@ -89,10 +103,12 @@ def _without_mlps(
     return replace(config, model=replace(config.model, blocks=bare))
 
 
-def atomic(*, d_state: int = 512, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
+def atomic(*, d_state: int = 512, init: Init = "random", imag: Imag = "exp", exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
     """GSS on an atomic task of DLR's paper.
 
     Args:
         d_state: Modes of a layer's system.
+        init: Modes drawn at random, as in the paper, forget within some twenty tokens; lin spreads them and lets them last.
+        imag: The imaginary parts of the modes are exponentials, as in the paper, or plain numbers.
     """
-    return _atomic(GSS.Config(d_state=d_state), exercise, lr=1e-3)
+    return _atomic(GSS.Config(d_state=d_state, init=init, imag=imag), exercise, lr=1e-3)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.lti.dlr import DLR
+from hippodrome.lti.dss import DSS
+from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.gss import GSS
+from hippodrome.mixers.linear_attention import LinearAttention
+from hippodrome.mixers.mega import Mega
+from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
@@ -52,10 +59,10 @@ PUBLISHED = LongTrees()
 
 def listops_subtrees(
     *,
-    mixer: Literal["dlr", "s4d", "attention"] = "dlr",
+    mixer: Literal["dlr", "s4", "s4d", "dss", "gss", "s5", "mega_chunk", "linear_attention", "attention"] = "dlr",
     n_layer: int = 6,
     d_model: int = 128,
-    d_state: int = 1024,
+    d_state: int | None = None,
     n_head: int = 4,
     window: int = 1024,
     dropout: float = 0.0,
@@ -65,26 +72,36 @@ def listops_subtrees(
     """Every sub-tree's value at its closing bracket. Heights 1 and 2, two thirds of them, are nearly free.
 
     Args:
-        mixer: dlr, s4d, or rotary attention to a window. The paper's attention sees its chunk of 1024 and the one before.
+        mixer: What moves along the trees. Attention sees a window, the paper's its chunk of 1024 and the one before.
         n_layer: Blocks, without MLPs as in the paper.
         d_model: Width.
-        d_state: Modes of a layer of dlr, shared by its channels; states of a channel of s4d.
+        d_state: Modes, states or averages, as the system counts them; None: 1024 of dlr and s4d, else the system's own number.
         n_head: Attention heads.
-        window: Tokens that attention looks back, itself included.
+        window: Tokens that attention looks back, itself included; tokens of a chunk of mega_chunk.
         dropout: Of what each block adds.
     """
     if n_layer < 1:
         raise BadInput("n_layer is 0: a model needs at least one block")
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
-    mixers: dict[str, Mixer.Config] = {
-        "dlr": SSM.Config(system=DLR.Config(d_state=d_state, dt_min=1e-4, dt_max=1e-1)),
-        "s4d": SSM.Config(system=S4D.Config(d_state=d_state)),
-        "attention": Attention.Config(n_head=n_head, pattern=Window(size=window), position=Rotary(d_model // n_head // 2 * 2)),
+    states: dict[str, Any] = {} if d_state is None else {"d_state": d_state}
+    many: dict[str, Any] = {"d_state": 1024} | states
+    mixers: dict[str, Callable[[], Mixer.Config]] = {
+        "dlr": lambda: SSM.Config(system=DLR.Config(**many, dt_min=1e-4, dt_max=1e-1)),
+        "s4": lambda: SSM.Config(system=S4.Config(**states, n_ssm=1, length=trees.max_length)),
+        "s4d": lambda: SSM.Config(system=S4D.Config(**many)),
+        "dss": lambda: SSM.Config(system=DSS.Config(**states)),
+        "gss": lambda: GSS.Config(**states, init="lin"),
+        "s5": lambda: S5.Config(**states),
+        "mega_chunk": lambda: Mega.Config(**states, chunk=window),
+        "linear_attention": lambda: LinearAttention.Config(n_head=n_head),
+        "attention": lambda: Attention.Config(
+            n_head=n_head, pattern=Window(size=window), position=Rotary(d_model // n_head // 2 * 2)
+        ),
     }
     model = ModelConfig(
         d_model=d_model,
-        blocks=(BlockConfig(mixer=mixers[mixer], order="post", dropout=dropout),) * n_layer,
+        blocks=(BlockConfig(mixer=mixers[mixer](), order="post", dropout=dropout),) * n_layer,
         embed=Tokens.Config(vocab_size=ListOpsSubTrees.vocab_size),
         readout=Positions.Config(classes=ListOpsSubTrees.classes),
     )

@@ -39,7 +39,7 @@ def listops(
     """ListOps: what a tree of operators comes to. The operator at its root alone scores 36.5 %.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
     """
     task = ListOps.Config(**vars(trees))
     rows = Rows(vocab_size=ListOps.vocab_size, length=task.max_length, readout=Pool.Config(classes=ListOps.classes))
@@ -61,7 +61,7 @@ def text(
     """Classification of documents byte by byte: Long Range Arena's "text" if they are IMDB's reviews.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         documents: The folder aclImdb or its archive; or a folder of a folder a class, or a .tsv, .csv or .jsonl.
         classes: How many labels there are.
         length: Bytes at which a document is cut.
@@ -88,7 +88,7 @@ def retrieval(
     """Do two documents belong together? Two towers over bytes: Long Range Arena's "retrieval" if they are the papers of AAN.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         pairs: The folder of new_aan_pairs.train.tsv and its fellows; or a .tsv, .csv or .jsonl of pairs.
         classes: How many labels there are.
         length: Bytes at which a document is cut.

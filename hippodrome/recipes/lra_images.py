@@ -7,13 +7,17 @@ row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from hippodrome.embeds.signal import Signal
 from hippodrome.lti.dlr import DLR
+from hippodrome.lti.dss import DSS
 from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
+from hippodrome.mixers.mega import Mega
+from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
@@ -77,7 +81,7 @@ def pathfinder(
     """Pathfinder: does a path of dashes join two discs? Path-X is resolution 128. Half of the answers are yes.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         resolution: Pixels a side; rows have its square.
         pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
         train_rows: Images drawn for training. The first run draws them, which takes a while; later ones find them in the cache.
@@ -103,7 +107,7 @@ def image(
     """Image: CIFAR-10 in grey, ten classes of 1,024 pixels, from the binary version of the data set.
 
     Args:
-        mixer: What moves along the sequence: s4, s4d, s5, mega, transformer, linear_transformer, bigbird or block_sparse.
+        mixer: What moves along the sequence.
         cifar: The folder of the binary version of CIFAR-10, or cifar-10-binary.tar.gz.
         pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
     """
@@ -115,7 +119,7 @@ def image(
 
 def pathfinder_segmentation(
     *,
-    mixer: Literal["dlr", "s4d", "s4"] = "dlr",
+    mixer: Literal["dlr", "s4d", "s4", "dss", "s5", "mega_chunk"] = "dlr",
     resolution: Literal[128, 256, 512] = PathfinderSegmentation.Config.size,
     train_rows: int = PathfinderSegmentation.Config.train_rows,
     test_rows: int = PathfinderSegmentation.Config.test_rows,
@@ -125,7 +129,7 @@ def pathfinder_segmentation(
     """PathfinderSegmentation: for every pixel, is it on a path, and does that path join the discs? Macro F1.
 
     Args:
-        mixer: The state space, read in both directions: dlr, s4d or s4. d_state is 64 for the last two.
+        mixer: What reads the pixels, in both directions. d_state is 64 of all but dlr (as published) and mega_chunk (16).
         resolution: Pixels a side; rows have its square.
         train_rows: Images drawn for training.
         test_rows: Images of the test split, and of the valid split.
@@ -138,12 +142,17 @@ def pathfinder_segmentation(
     if n_layer < 1:
         raise BadInput(f"n_layer is {n_layer}: a model needs at least one block")
     d_state = size.d_state or 64
-    mixers: dict[str, Mixer.Config] = {
-        "dlr": published.mixer(size, task.length),
-        "s4d": SSM.Config(system=S4D.Config(d_state=d_state, init="legs", dt_min=1e-4), bidirectional=True),
-        "s4": SSM.Config(system=S4.Config(d_state=d_state, length=task.length, dt_min=1e-4), bidirectional=True),
+    mixers: dict[str, Callable[[], Mixer.Config]] = {
+        "dlr": lambda: published.mixer(size, task.length),
+        "s4d": lambda: SSM.Config(system=S4D.Config(d_state=d_state, init="legs", dt_min=1e-4), bidirectional=True),
+        "s4": lambda: SSM.Config(system=S4.Config(d_state=d_state, length=task.length, dt_min=1e-4), bidirectional=True),
+        "dss": lambda: SSM.Config(system=DSS.Config(d_state=d_state, dt_min=1e-4), bidirectional=True),
+        "s5": lambda: S5.Config(d_state=d_state, dt_min=1e-4, bidirectional=True),
+        "mega_chunk": lambda: Mega.Config(
+            d_state=size.d_state or 16, function="laplace", chunk=1024, bidirectional=True, truncation=4096
+        ),
     }
-    block = BlockConfig(mixer=mixers[mixer], dropout=size.dropout or 0.0)
+    block = BlockConfig(mixer=mixers[mixer](), dropout=size.dropout or 0.0)
     readout = Positions.Config(classes=3, balanced=True)
     model = ModelConfig(d_model=d_model, blocks=(block,) * n_layer, embed=Signal.Config(), readout=readout)
     return RunConfig(model=model, task=task, train=training(published, budget))
@@ -162,11 +171,11 @@ def _states(size: Size, mixer: Name) -> Size:
 
 
 def _of_pixels(config: RunConfig, pixels: Pixels, **system: Any) -> RunConfig:
-    """The run with a signal instead of ids where one is read, and other settings of its state spaces."""
+    """The run with a signal instead of ids where one is read, and other settings of S4 and S4D."""
     model = config.model
     blocks = tuple(
         replace(block, mixer=replace(block.mixer, system=replace(block.mixer.system, **system)))
-        if isinstance(block.mixer, SSM.Config)
+        if isinstance(block.mixer, SSM.Config) and isinstance(block.mixer.system, (S4.Config, S4D.Config))
         else block
         for block in model.blocks
     )

@@ -28,17 +28,21 @@ class Unit:
     """Averages of a channel."""
     function: Literal["softmax", "laplace", "relu2"] = "softmax"
     """What makes weights of scores."""
+    bias: Literal["simple", "rotary"] = "rotary"
+    """What a distance adds to a score: simple has a number for each, of a row or of a chunk, rotary any."""
     inner_dropout: float = 0.0
     """Of attention weights, values and the MLPs' inner channels."""
 
-    def mixer(self, chunk: int | None = None) -> Mega.Config:
-        """Attention over all, or within chunks of so many tokens."""
+    def mixer(self, length: int, chunk: int | None = None) -> Mega.Config:
+        """Attention over rows of `length` tokens, or within chunks of so many tokens."""
         return Mega.Config(
             chunk=chunk,
             d_key=self.d_key,
             d_value=self.d_value,
             d_state=self.d_state,
             function=self.function,
+            bias=self.bias,
+            max_positions=max(Mega.Config.max_positions, length),
             attention_dropout=self.inner_dropout,
             hidden_dropout=self.inner_dropout,
         )
@@ -65,7 +69,7 @@ def mega(
         d_ff: Width inside the MLPs; None: 2 d_model.
         dropout: Of the embeddings, the averages and what the blocks add.
     """
-    return _language_model(unit.mixer(), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+    return _language_model(unit.mixer(text.length), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
 def chunked(
@@ -88,7 +92,9 @@ def chunked(
         d_ff: Width inside the MLPs; None: 2 d_model.
         dropout: Of the embeddings, the averages and what the blocks add.
     """
-    return _language_model(unit.mixer(chunk), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+    return _language_model(
+        unit.mixer(text.length, chunk), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout
+    )
 
 
 def synthetic(*, language: Language = PAPER) -> RunConfig:

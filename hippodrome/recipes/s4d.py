@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.ssm import SSM
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
@@ -19,20 +21,24 @@ def s4d(
     d_model: int = 256,
     d_ff: int | None = None,
     d_state: int = 64,
+    init: Literal["lin", "inv", "legs", "real", "quad"] = "lin",
+    disc: Literal["zoh", "bilinear"] = "zoh",
     dropout: float = 0.0,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
-    """S4D language model: S4D-Lin blocks with a GLU output, and MLPs.
+    """S4D language model: blocks of a diagonal state space with a GLU output, and MLPs.
 
     Args:
         n_layer: Blocks.
         d_model: Width.
         d_ff: Width inside the MLPs; None: 4 d_model.
         d_state: States of a channel's system.
+        init: Where the modes start.
+        disc: Zero-order hold or the bilinear rule.
         dropout: Of the embeddings and of what each block adds.
     """
-    mixers = [SSM.Config(system=S4D.Config(d_state=d_state))] * n_layer
+    mixers = [SSM.Config(system=S4D.Config(d_state=d_state, init=init, disc=disc))] * n_layer
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 

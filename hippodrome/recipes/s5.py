@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hippodrome.mixers.s5 import S5
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
@@ -19,11 +21,12 @@ def s5(
     d_ff: int | None = None,
     d_state: int = 256,
     hippo_blocks: int = 8,
+    activation: Literal["half_glu1", "half_glu2", "full_glu", "gelu"] = "half_glu1",
     dropout: float = 0.0,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
-    """S5 language model: S5 blocks with half a GLU, and MLPs.
+    """S5 language model: S5 blocks, and MLPs.
 
     Args:
         n_layer: Blocks.
@@ -31,9 +34,10 @@ def s5(
         d_ff: Width inside the MLPs; None: 4 d_model.
         d_state: States of a layer's one system, half of them kept.
         hippo_blocks: HiPPO matrices that a system starts from, side by side.
+        activation: What follows the system.
         dropout: Of the embeddings and of what each block adds.
     """
-    mixers = [S5.Config(d_state=d_state, blocks=hippo_blocks)] * n_layer
+    mixers = [S5.Config(d_state=d_state, blocks=hippo_blocks, activation=activation)] * n_layer
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 

@@ -63,6 +63,8 @@ def labelled_folders(folder: Path, classes: int) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: give one with a sub-folder a class as data")
     found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "_.")
+    if not found:
+        raise BadInput(f"{folder} has no sub-folder: it needs one a class")
     check_classes(classes, len(found), str(folder))
     return found
 

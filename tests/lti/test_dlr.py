@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hippodrome.lti._base import Diagonal
 from hippodrome.lti.dlr import DLR, MANY
 from hippodrome.mixers.ssm import SSM
+from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import BadInput
 from tests.golden_files import cases, load, relative_error
 
@@ -20,7 +22,8 @@ VARIANTS = (
 )
 
 KERNELS = cases("dlr_kernel")
-BLOCKS = cases("dlr_block_uni") + cases("dlr_block_bi")
+BLOCKS = [name for name in cases("dlr_block_uni") + cases("dlr_block_bi") if "klen" not in name and "channels" not in name]
+CUT, DOUBLED = (cases(f"dlr_block_*_{word}") for word in ("klen20", "channels2"))
 READOUTS = {"real": "real", "imag": "imag", "sum": "sum", "prod": "product"}
 # Our parameter -> theirs. Their name says log; it is a square root.
 NAMES = {"root_decay": "Lambda_log_neg_re", "omega": "Lambda_im", "W": "W"}
@@ -102,7 +105,7 @@ def layer(name):
     if "Lambda" in name:
         readout = "real"
     system = DLR.Config(d_state=n_state, readout=readout, **settings(name))
-    mixer = SSM.Config(system=system, bidirectional=copies == 2, glu="_glu_" in name).build(channels)
+    mixer = SSM.Config(system=system, bidirectional=copies == 2, glu="_glu_" in name or "lastdim" in name).build(channels)
     linear = "param.output_linear.0." if mixer.glu else "param.output_linear."
     systems = [mixer.system] if mixer.backward_system is None else [mixer.system, mixer.backward_system]
     for i, each in enumerate(systems):
@@ -118,6 +121,9 @@ def layer(name):
 def test_layers_are_the_authors(name):
     """In both directions too: their backward tap j has lag -(j + 1), as in `mixers/ssm`."""
     mixer, systems, golden = layer(name)
+    if "lastdim" in name:  # their other layout, which is ours
+        assert relative_error(mixer(golden["in.u"])[0], golden["out64.y"]) < 2e-5
+        return
     u = golden["in.u"].transpose(1, 2).requires_grad_()
     y, _ = mixer(u)
     assert relative_error(y.transpose(1, 2), golden["out64.y"]) < 2e-5
@@ -126,10 +132,52 @@ def test_layers_are_the_authors(name):
     (y.transpose(1, 2) * golden["in.cotangent"]).sum().backward()
     assert relative_error(u.grad.transpose(1, 2), golden["grad.in.u"]) < 3e-4
     assert relative_error(mixer.system.D.grad[None], golden["grad.param.D"]) < 3e-4
+    for ours in ("weight", "bias"):
+        expected = golden[f"grad.param.output_linear.{'0.' if mixer.glu else ''}{ours}"]
+        assert relative_error(mixer.output_linear.get_parameter(ours).grad.reshape(expected.shape), expected) < 3e-4, ours
     for ours, theirs in NAMES.items():
         grads = [getattr(system, ours).grad for system in systems]
         found = torch.stack(grads) if ours == "W" else sum(grads)
         assert relative_error(found, golden[f"grad.param.kernel.{theirs}"]) < 3e-4, ours
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_kernels_cut_short_are_the_authors(name):
+    """Of the op, which takes kernels of any length; the mixer has all of them."""
+    mixer, (forward, *backward), golden = layer(name)
+    # Their backward tap j has lag -(j + 1), the op's lag -j.
+    rev = F.pad(backward[0].kernel(20), (1, 0)) if backward else None
+    y = long_conv(golden["in.u"], forward.kernel(20), kernel_rev=rev, skip=forward.D)
+    assert relative_error(mixer._mix_channels(y.transpose(1, 2)).transpose(1, 2), golden["out64.y"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_two_kernels_a_channel_are_the_authors(name):
+    """A layer of twice the channels that hears every signal twice, and a linear map back."""
+    golden = load(name)
+    copies, channels, n_state = golden["param.kernel.W"].shape[:3]
+    mixer = SSM.Config(system=DLR.Config(d_state=n_state), bidirectional=copies == 4, glu=False).build(2 * channels)
+    golden["param.kernel.W"] = golden["param.kernel.W"].reshape(-1, 2 * channels, n_state, 2)
+    for i, system in enumerate([mixer.system, *([] if mixer.causal else [mixer.backward_system])]):
+        copy(system, golden, "param.kernel.", i)
+    mixer.output_linear = torch.nn.Linear(2 * channels, channels)
+    with torch.no_grad():
+        mixer.system.D.copy_(golden["param.D"].flatten())
+        mixer.output_linear.weight.copy_(golden["param.output_linear.weight"])
+        mixer.output_linear.bias.copy_(golden["param.output_linear.bias"].flatten())
+        y, _ = mixer(golden["in.u"].repeat(1, 2, 1).transpose(1, 2))
+    assert relative_error(y.transpose(1, 2), golden["out64.y"]) < 2e-5
+
+
+@pytest.mark.parametrize("length", [64, 1000])
+def test_real_and_product_by_halves_are_the_authors(length):
+    """Their fifth read-out, of two of ours: the first half of the channels answers with Re K, the second with Re K Im K."""
+    found = {readout: [system.kernel(length) for system in systems] for readout, systems, _ in kernels("dlr_kernel_default")}
+    expected = load("dlr_kernel_default")[f"out64.kernel.real-prod.L{length}"]
+    half = expected.shape[1] // 2
+    for i, kernel in enumerate(expected):
+        assert relative_error(found["real"][i][:half], kernel[:half]) < 2e-6
+        assert relative_error(found["prod"][i][half:], kernel[half:]) < 2e-6
 
 
 @pytest.mark.parametrize("readout", list(READOUTS.values()))

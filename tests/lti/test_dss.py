@@ -104,6 +104,10 @@ def test_layers_are_the_authors(name):
     assert relative_error(u.grad.transpose(1, 2), golden["grad.in.u"]) < 3e-4
     for i, each in enumerate(systems):
         assert relative_error(each.W.grad, golden["grad.param.kernel.W"][i]) < 3e-4
+    assert relative_error(mixer.system.D.grad[None], golden["grad.param.D"]) < 3e-4
+    for ours in ("weight", "bias"):
+        expected = golden[f"grad.{linear}{ours}"]
+        assert relative_error(mixer.output_linear.get_parameter(ours).grad.reshape(expected.shape), expected) < 3e-4, ours
     for ours, expected in theirs(golden, "grad.param.kernel.").items():
         if ours != "W":
             assert relative_error(sum(getattr(each, ours).grad for each in systems), expected) < 3e-4, ours

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from hippodrome.lti.ema import EMA
 from hippodrome.mixers.ssm import SSM
+from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import BadInput
 from tests.golden_files import cases, load, relative_error
 
@@ -71,6 +72,19 @@ def test_outputs_and_gradients_are_the_authors(name):
         found = torch.cat([getattr(system, ours).grad for system in systems])
         expected = golden[f"grad.param.{ours}"]
         assert relative_error(found.reshape(expected.shape), expected) < 2e-4, ours
+
+
+def test_averages_cut_short_are_the_authors():
+    """Of the op, which takes kernels of any length; a causal layer has all of its averages."""
+    (system,), golden = build("mega_ema_uni_trunc8_L23")
+    x = golden["in.x"].requires_grad_()
+    y = F.silu(long_conv(channels_first(x), system.kernel(8), skip=system.D)).permute(2, 0, 1)
+    assert relative_error(y, golden["out.y"]) < 2e-5
+    (y * golden["in.cotangent"]).sum().backward()
+    assert relative_error(x.grad, golden["grad.in.x"]) < 2e-4
+    for ours, theirs in {"D": "omega", **dict(zip(NAMES, NAMES, strict=True))}.items():
+        expected = golden[f"grad.param.{theirs}"]
+        assert relative_error(system.get_parameter(ours).grad.reshape(expected.shape), expected) < 2e-4, ours
 
 
 @pytest.mark.parametrize("name", ["mega_ema_uni_L23", "mega_ema_uni_L300"])

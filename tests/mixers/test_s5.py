@@ -325,6 +325,7 @@ def test_a_bidirectional_layer_has_no_state():
         ({"blocks": 0}, "0 blocks"),
         ({"dt_min": 0.0}, "no range"),
         ({"step_rescale": 0.0}, "must be positive"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )
 def test_bad_settings_are_one_clear_line(given, message):

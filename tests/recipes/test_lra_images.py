@@ -8,7 +8,7 @@ from hippodrome.recipes import find_recipe
 from hippodrome.recipes._lra import Size
 from hippodrome.task import Batch
 
-MIXERS = ("s4", "s4d", "transformer", "linear_transformer")
+MIXERS = ("s4", "s4d", "dss", "dlr", "gss", "s5", "mega", "mega_chunk", "transformer", "linear_transformer")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -16,12 +16,12 @@ MIXERS = ("s4", "s4d", "transformer", "linear_transformer")
 def test_a_classifier_of_images_of_every_mixer(name, mixer):
     """State spaces read a signal; attention, which must be told positions, reads tokens."""
     config = find_recipe(f"lra_images.{name}")(mixer=mixer, size=Size(n_layer=1, d_model=16, d_ff=8, n_head=2))
-    assert config.task.pixels == ("signal" if mixer in ("s4", "s4d") else "tokens")
+    assert config.task.pixels == ("tokens" if "transformer" in mixer else "signal")
     pixels = torch.randint(256, (2, 1024))
     model = config.model.build()
     loss = model.loss(Batch(pixels.float().unsqueeze(-1) if config.task.pixels == "signal" else pixels, torch.tensor([0, 1])))
     loss.total.backward()
-    assert not model.causal
+    assert model.causal == (mixer == "gss")
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -36,6 +36,7 @@ def test_published_sizes_of_images():
         system = config.model.blocks[0].mixer.system
         assert (config.model.d_model, len(config.model.blocks), system.d_state, system.n_ssm) == (256, 6, 64, None)
         assert (config.train.batch_size, config.train.lr, config.train.steps, system.dt_min) == (batch, lr, 500_000, dt_min)
+    assert pathfinder(mixer="mega_chunk", resolution=128).model.blocks[0].mixer.chunk == 4096
     base = pathfinder(mixer="transformer")
     assert (len(base.model.blocks), base.model.d_model, base.model.blocks[0].mixer.n_head) == (4, 32, 4)
     assert (base.model.embed.vocab_size, base.model.embed.positions) == (256, 1024)
@@ -53,7 +54,7 @@ def test_published_sizes_of_the_segmentation(resolution, published):
     assert (mixer.bidirectional, mixer.glu, config.model.readout.balanced, config.task.size) == (True, True, True, resolution)
 
 
-@pytest.mark.parametrize("mixer", ["dlr", "s4d", "s4"])
+@pytest.mark.parametrize("mixer", ["dlr", "s4d", "s4", "dss", "s5", "mega_chunk"])
 def test_a_segmentation_answers_at_every_pixel(mixer):
     size = Size(n_layer=1, d_model=8, d_state=8)
     model = find_recipe("lra_images.pathfinder_segmentation")(mixer=mixer, size=size).model.build()

@@ -101,6 +101,30 @@ def test_attention_goes_where_it_is_told():
         h3(n_layer=4, attention_layers=(4,))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("s4d", {"init": "inv", "disc": "bilinear"}),
+        ("dlr", {"init": "random", "readout": "product"}),
+        ("gss", {"init": "lin", "imag": "plain"}),
+        ("gss.hybrid", {"init": "lin", "imag": "plain"}),
+        ("s5", {"activation": "full_glu"}),
+        ("mega", {"function": "laplace", "bias": "simple"}),
+        ("mega.chunked", {"function": "relu2", "bias": "simple"}),
+        ("dlr.atomic", {"readout": "product"}),
+        ("gss.atomic", {"init": "lin", "imag": "plain"}),
+    ],
+)
+def test_variants_of_a_system_are_words_of_its_recipe(name, words):
+    mixer = find_recipe(name)(**words).model.blocks[0].mixer
+    config = getattr(mixer, "system", mixer)
+    assert {word: getattr(config, word) for word in words} == words
+
+
+def test_a_simple_bias_reaches_over_the_row():
+    assert find_recipe("mega")(bias="simple", text=Text(length=3000)).model.blocks[0].mixer.max_positions == 3000
+
+
 def test_the_gss_hybrid_has_chunks_of_attention_in_every_fourth_block():
     config = find_recipe("gss.hybrid")(n_layer=9)
     assert attention_layers(config) == [3, 7]
@@ -215,7 +239,7 @@ def test_unknown_names_get_the_nearest():
 
 # Long Range Arena
 
-MIXERS = ("s4", "s4d", "s5", "mega", "transformer", "linear_transformer")
+MIXERS = ("s4", "s4d", "dss", "dlr", "gss", "s5", "mega", "mega_chunk", "transformer", "linear_transformer")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -229,7 +253,7 @@ def test_a_classifier_of_every_mixer_reads_its_task(name, mixer):
     ids = torch.randint(1, 16, shape)
     loss = model.loss(Batch(ids, torch.tensor([0, 1]), torch.randint(1, length, shape[:-1])))
     loss.total.backward()
-    assert not model.causal
+    assert model.causal == (mixer == "gss")
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -252,6 +276,9 @@ def test_published_sizes_of_the_arena():
     assert (len(mega.model.blocks), mega.model.d_model, mega.model.blocks[0].channel.d_ff) == (6, 80, 160)
     assert (mega.model.blocks[0].mixer.max_positions, retrieval(mixer="mega").model.blocks[0].norm) == (2002, "scale")
     assert (mega.train.betas, mega.train.schedule, mega.train.steps) == ((0.9, 0.98), "linear", 90_000)
+    chunked = text(mixer="mega_chunk")
+    assert (chunked.model.blocks[0].mixer.chunk, text(mixer="mega").model.blocks[0].mixer.chunk) == (128, None)
+    assert (listops(mixer="dlr").train.lr, listops(mixer="dss").train) == (8e-4, listops(mixer="s4d").train)
     base = listops(mixer="transformer")
     block = base.model.blocks[0]
     assert (len(base.model.blocks), base.model.d_model, block.channel.d_ff, block.mixer.n_head) == (4, 512, 1024, 8)
@@ -270,7 +297,7 @@ def test_a_budget_replaces_what_is_published_field_by_field():
         find_recipe("lra.text")(size=Size(d_model=0)).model.build()
 
 
-@pytest.mark.parametrize("mixer", ["dlr", "s4d", "attention"])
+@pytest.mark.parametrize("mixer", ["dlr", "s4", "s4d", "dss", "gss", "s5", "mega_chunk", "linear_attention", "attention"])
 def test_subtrees_are_read_out_at_every_position(mixer):
     config = find_recipe("listops_subtrees")(mixer=mixer, n_layer=1, d_model=16, d_state=8)
     logits = config.model.build()(torch.randint(1, 16, (2, 40)), lengths=torch.tensor([40, 25])).logits

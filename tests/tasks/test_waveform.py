@@ -123,6 +123,8 @@ def test_another_rate_is_named(tmp_path):
 def test_what_cannot_be_read_is_one_clear_line(tmp_path):
     with pytest.raises(BadInput, match="there is no folder"):
         task_of(tmp_path / "none")
+    with pytest.raises(BadInput, match="has no sub-folder: it needs one a class"):
+        task_of(tmp_path)
     write_words(tmp_path, per_class=2)
     with pytest.raises(BadInput, match="at least 3 are needed"):
         task_of(tmp_path)

@@ -16,8 +16,8 @@ from hippodrome.ops._op import Op
 from hippodrome.ops.long_conv import fft_conv
 
 
-def _coarse_and_fine(log_modes: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """exp(c step log_modes), (..., N, C), and exp(f log_modes), (..., N, step), with C step >= length.
+def _coarse_and_fine(log_modes: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(c step log_modes), (..., N, C), and exp(f log_modes), (..., N, step), with C step >= length, of this complex dtype.
 
     Any power below `length` is a product of two entries. Both are computed in float64: a float32 phase l * Im(log_modes)
     would be wrong by 0.25 rad at l = 1M.
@@ -26,12 +26,12 @@ def _coarse_and_fine(log_modes: Tensor, length: int) -> tuple[Tensor, Tensor]:
     double = log_modes.to(torch.complex128).unsqueeze(-1)
     fine = torch.exp(double * torch.arange(step, device=log_modes.device))
     coarse = torch.exp(double * (step * torch.arange(-(-length // step), device=log_modes.device)))
-    return coarse.to(log_modes.dtype), fine.to(log_modes.dtype)
+    return coarse.to(dtype), fine.to(dtype)
 
 
-def mode_powers(log_modes: Tensor, length: int) -> Tensor:
-    """exp(l log_modes) for l = 0 ... length-1: (..., N) complex -> (..., N, length)."""
-    coarse, fine = _coarse_and_fine(log_modes, length)
+def mode_powers(log_modes: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(l log_modes) for l = 0 ... length-1: (..., N) complex -> (..., N, length) of `dtype`; None: log_modes' own."""
+    coarse, fine = _coarse_and_fine(log_modes, length, dtype or log_modes.dtype)
     return (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)[..., :length]
 
 
@@ -41,7 +41,7 @@ def mode_kernel(log_modes: Tensor, weights: Tensor, length: int) -> Tensor:
     One matrix product of the two tables a channel, so that N x length powers never exist. Channels that share their modes
     give log_modes (N,), and share the tables.
     """
-    coarse, fine = _coarse_and_fine(log_modes, length)
+    coarse, fine = _coarse_and_fine(log_modes, length, weights.dtype)
     weighted = weights.unsqueeze(-1) * coarse
     left, right = torch.cat([weighted.real, -weighted.imag], -2), torch.cat([fine.real, fine.imag], -2)
     return (left.transpose(-1, -2) @ right).flatten(-2)[..., :length]
@@ -50,7 +50,7 @@ def mode_kernel(log_modes: Tensor, weights: Tensor, length: int) -> Tensor:
 def mode_states(log_modes: Tensor, u: Tensor) -> Tensor:
     """The modes at rest after the inputs: sum_l exp((L-1-l) log_modes) u_l, (H, N) and (..., H, L) real -> (..., H, N)."""
     length = u.shape[-1]
-    coarse, fine = _coarse_and_fine(log_modes, length)
+    coarse, fine = _coarse_and_fine(log_modes, length, u.dtype.to_complex())
     backwards = F.pad(u.contiguous().flip(-1), (0, coarse.shape[-1] * fine.shape[-1] - length)).unflatten(
         -1, (-1, fine.shape[-1])
     )
@@ -74,7 +74,8 @@ def diagonal_ssm(
 
     u, pre_gate, post_gate: (..., H, L), any real dtype; log_modes, weights: (H, N) complex64 (complex128 for float64), the
     logarithm of the discrete eigenvalues and the output weights with B folded in; skip: (H,); state: (..., H, N) complex,
-    the z after the tokens before u. Arithmetic and state are at least float32.
+    the z after the tokens before u. Arithmetic and state are at least float32. log_modes may be complex128 beside complex64
+    weights: a phase rounded to float32 is wrong by 0.1 rad after a million tokens. The GPU's kernels still round it.
     """
     real = torch.promote_types(u.dtype, torch.float32)
     v = u.to(real) if pre_gate is None else u.to(real) * pre_gate.to(real)
@@ -82,7 +83,7 @@ def diagonal_ssm(
     y = fft_conv(v, mode_kernel(log_modes, weights, length))
     after = mode_states(log_modes, v) if return_state else None
     if state is not None:
-        y = y + mode_kernel(log_modes, state * weights * torch.exp(log_modes), length)
+        y = y + mode_kernel(log_modes, state * weights * torch.exp(log_modes).to(weights.dtype), length)
         if after is not None:
             after = after + torch.exp(length * log_modes.to(torch.complex128)).to(state.dtype) * state
     if skip is not None:

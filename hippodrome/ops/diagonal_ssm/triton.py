@@ -68,6 +68,7 @@ def _triton(
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(u.dtype).expand(u.shape).reshape(-1, *u.shape[-2:])
 
+    log_modes = log_modes.to(torch.complex64)
     before = None if state is None else state.expand(*u.shape[:-1], state.shape[-1]).reshape(-1, *state.shape[-2:])
     y, after = fused(
         u.reshape(-1, *u.shape[-2:]), log_modes, weights, skip=skip, pre=rows(pre_gate), post=rows(post_gate),
