@@ -186,6 +186,8 @@ def _model(
         readout=LmReadout.Config(),
         start=start,
         n_head=n_head,
+        # GPT-2's 0.02 leaves scores of narrow heads near zero, and attention uniform for long.
+        init_std=d_model**-0.5,
     )
 
 
