@@ -248,12 +248,15 @@ def _read_model_config(folder: Path) -> ModelConfig:
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves out random draws in place while a model is built whose every tensor is about to be read from a file."""
+    """Leaves out random draws in place while a model is built whose every tensor is about to be read from a file.
+
+    It leaves zeros: a truncated normal draws until all lies within bounds, which what memory happens to hold may never do.
+    """
 
     _draws = frozenset({Tensor.normal_, Tensor.uniform_, torch.Tensor.exponential_, torch.Tensor.bernoulli_})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._draws else func(*args, **(kwargs or {}))
+        return args[0].zero_() if func in self._draws else func(*args, **(kwargs or {}))
 
 
 def _tensors(model: Model) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ def _with_d_ff(model: ModelConfig, d_ff: int) -> ModelConfig:
 def time_contexts(run: Path, contexts: Sequence[int], new_tokens: int) -> list[dict[str, float]]:
     """Generation of a run's model timed after prompts of each length, on the device it was trained on."""
     from hippodrome.checkpoint import load
-    from hippodrome.generation import time_generation
+    from hippodrome.timing import time_generation
 
     model = load(run, device=read_config(run).train.device)
     return [time_generation(model, length, new_tokens) for length in contexts]

@@ -32,6 +32,7 @@ from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.model import BlockConfig, Model, ModelConfig
 from hippodrome.part import BadInput
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.run import RunConfig, TrainConfig, provenance, write_config
 from hippodrome.tasks import lm as tasks_lm
@@ -156,7 +157,8 @@ def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
 def model_config(layout: Layout) -> ModelConfig:
     """Our model of this layout."""
     mixer = H3.Config(head_dim=layout.d_head, d_state=layout.d_state)
-    attention = Attention.Config(n_head=layout.n_head or 1, rotary_dim=layout.rotary_dim)
+    position = Rotary(layout.rotary_dim) if layout.rotary_dim else None
+    attention = Attention.Config(n_head=layout.n_head or 1, position=position)
     channel = Mlp.Config(d_ff=layout.d_inner, activation="gelu_tanh")
     return ModelConfig(
         d_model=layout.d_model,

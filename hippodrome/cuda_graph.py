@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hippodrome.model import ModelState, ModelStepper
+from hippodrome.model import ModelState
 from hippodrome.part import BadInput
+from hippodrome.stepper import ModelStepper
 from hippodrome.task import Batch
 
 _WARMUP = 3

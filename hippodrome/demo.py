@@ -67,7 +67,8 @@ def run_demo(folder: Path, *, quick: bool = False) -> dict[str, Any]:
 def _sample(name: str, run: Path, tokens: int) -> str:
     """Let a run continue the prompt, character by character as it comes; return the text."""
     from hippodrome.checkpoint import load
-    from hippodrome.generation import Sampling, stream_text
+    from hippodrome.generation import stream_text
+    from hippodrome.sampling import Sampling
     from hippodrome.tokenizer import Tokenizer
 
     print(f"\n{name} writes:\n\n{PROMPT}", end="")

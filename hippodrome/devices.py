@@ -92,6 +92,7 @@ def watch_memory(device: torch.device) -> int:
     """Begin to watch the device's memory for `peak_memory`. Returns the bytes that are held now; 0 off GPUs."""
     if device.type != "cuda":
         return 0
+    torch.cuda.init()  # before that there are no statistics to reset
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 

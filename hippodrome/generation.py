@@ -8,9 +8,6 @@ device a step is one graph: the weights must not change before the last token.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +16,10 @@ import torch
 from torch import Tensor
 
 from hippodrome.cuda_graph import GraphedDecode
-from hippodrome.model import Model, ModelState, ModelStepper
+from hippodrome.model import Model, ModelState
 from hippodrome.part import BadInput
+from hippodrome.sampling import NOT_FINITE, Sampling, draw
+from hippodrome.stepper import ModelStepper
 
 if TYPE_CHECKING:
     from hippodrome.tokenizer import Tokenizer
@@ -29,39 +28,6 @@ Prompts = Sequence[Sequence[int]] | Sequence[str] | Tensor
 
 PREFILL_CHUNK = 8192
 """Tokens of a prompt that go through the model at once unless asked otherwise: what bounds the memory of a prefill."""
-
-_NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn. In this order: penalty, temperature, top-k, top-p, min-p."""
-
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int | None = None
-    """Keep the k most likely tokens."""
-    top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities add up to at least p."""
-    min_p: float = 0.0
-    """Keep tokens at least this share as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens already in the row are divided by it if positive, multiplied if negative (CTRL, Keskar et al. 2019)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise BadInput(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise BadInput(f"top_k is {self.top_k}: it must be at least 1, or none")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise BadInput(f"min_p is {self.min_p}: it must be between 0 and 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise BadInput(f"repetition_penalty is {self.repetition_penalty}: it must be above 0; 1 is none")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput(f"seed is {self.seed}: it must be 0 or more, and below 2^63")
 
 
 def generate(
@@ -137,7 +103,7 @@ def stream(
         raise BadInput("stop strings need a tokenizer; ids are given as stop_ids")
     if "" in stop:
         raise BadInput("a stop string is empty: it would stop at once")
-    graph = _with_graph(model, cuda_graph)
+    graph = with_graph(model, cuda_graph)
     if state_dtype is not None and not state_dtype.is_floating_point:
         raise BadInput(f"state_dtype is {state_dtype}: it must be a floating-point dtype, or none")
     if vocab_size is None and tokenizer is not None:
@@ -186,33 +152,6 @@ def stream_text(
         state_dtype=state_dtype,
     )
     return _text(steps, tokenizer, stop)
-
-
-def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """What the next token is drawn from: logits (B, V) -> probabilities (B, V), fp32; one-hot when temperature is 0.
-
-    seen (B, V) bool: the tokens that the repetition penalty counts.
-    """
-    logits = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    best, at = logits.max(-1, keepdim=True)
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, at, 1.0)
-    # The maximum goes first, so that a temperature near zero gives -inf and never inf - inf.
-    logits = (logits - best) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kept = logits.topk(sampling.top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
-    if sampling.top_p < 1:
-        ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        # A token stays while the likelier ones before it do not yet add up to p: the first always does.
-        goes = ranked.cumsum(-1) - ranked >= sampling.top_p
-        logits = logits.masked_fill(torch.zeros_like(goes).scatter(-1, order, goes), -math.inf)
-    if sampling.min_p > 0:
-        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
-    return logits.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -293,7 +232,7 @@ class _EagerDecoder(_Decoder):
         self.dice = [torch.Generator().manual_seed(how.sampling.seed + row) for row in range(len(logits))]
 
     def draw(self) -> list[int]:
-        return _draw(self.logits[:, : self.vocab_size], self.sampling, self.seen, self.dice)
+        return draw(self.logits[:, : self.vocab_size], self.sampling, self.seen, self.dice)
 
     def keep(self, slots: list[int]) -> None:
         self.state = self.state.reorder(torch.tensor(slots))
@@ -353,7 +292,7 @@ class _GreedyGraphDecoder(_Decoder):
         everyone = self.read.tolist()
         tokens = [everyone[row] for row in self.rows]
         if min(tokens) < 0:
-            raise BadInput(_NOT_FINITE)
+            raise BadInput(NOT_FINITE)
         return tokens
 
     def keep(self, slots: list[int]) -> None:
@@ -369,7 +308,7 @@ class _GreedyGraphDecoder(_Decoder):
         return self.said.clamp(min=0)
 
 
-def _with_graph(model: Model, wanted: bool | None) -> bool:
+def with_graph(model: Model, wanted: bool | None) -> bool:
     """Whether steps are replayed as a CUDA graph."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     if wanted and not on_cuda:
@@ -382,7 +321,7 @@ def _with_graph(model: Model, wanted: bool | None) -> bool:
 
 def _prefill(model: Model, prompts: list[list[int]], room: int, chunk: int) -> tuple[Tensor, ModelState]:
     """Logits (B, V) after each prompt and the state, with room for `room` more tokens."""
-    return _fill(model, *_padded(prompts, next(model.parameters()).device), room, chunk)
+    return fill(model, *_padded(prompts, next(model.parameters()).device), room, chunk)
 
 
 def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -393,7 +332,8 @@ def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _fill(model: Model, ids: Tensor, counts: Tensor, room: int, chunk: int) -> tuple[Tensor, ModelState]:
+def fill(model: Model, ids: Tensor, counts: Tensor, room: int, chunk: int) -> tuple[Tensor, ModelState]:
+    """Logits (B, V) after the first `counts` (B,) of ids (B, L), and the state, with room for `room` more tokens."""
     longest = ids.shape[1]
     state = model.init_state(len(ids), longest + room)
     ragged = bool((counts != longest).any())
@@ -406,20 +346,6 @@ def _fill(model: Model, ids: Tensor, counts: Tensor, room: int, chunk: int) -> t
         logits = said if logits is None or lengths is None else torch.where((lengths > 0)[:, None], said, logits)
     assert logits is not None
     return logits, state
-
-
-def _draw(logits: Tensor, sampling: Sampling, seen: Tensor | None, dice: list[torch.Generator]) -> list[int]:
-    """One token a row: where its cumulative probability passes a uniform number of the row's own generator."""
-    # Not all logits, as -inf is how a model forbids a token.
-    if not logits.amax(-1).isfinite().all():
-        raise BadInput(_NOT_FINITE)
-    odds = probabilities(logits, sampling, seen)
-    if sampling.temperature == 0:
-        return odds.argmax(-1).tolist()
-    uniform = torch.cat([torch.rand(1, generator=die, dtype=torch.float64) for die in dice]).to(logits.device)
-    reached = odds.double().cumsum(-1)
-    # Strictly above, so that a token of probability zero is never where the sum passes.
-    return (reached > uniform[:, None] * reached[:, -1:]).int().argmax(-1).tolist()
 
 
 def _seen(prompts: list[list[int]], logits: Tensor, vocab_size: int | None) -> Tensor:
@@ -501,115 +427,3 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
 def _maybe_stop(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of `text` may be the beginning of a stop string."""
     return max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-
-
-@torch.no_grad()
-def time_generation(
-    model: Model,
-    prompt_len: int,
-    new_tokens: int,
-    batch: int = 1,
-    *,
-    prefill_chunk: int = PREFILL_CHUNK,
-    cuda_graph: bool | None = None,
-    state_dtype: torch.dtype | None = None,
-) -> dict[str, float]:
-    """Seconds of a prefill of `batch` prompts of `prompt_len` tokens and of the greedy steps after it.
-
-    prefill_s, and what `time_steps` gives. Kernels are warmed up before; the model is timed as it stands (device, dtype).
-    """
-    if min(prompt_len, new_tokens, batch) < 1:
-        raise BadInput(f"prompt_len {prompt_len}, new_tokens {new_tokens} and batch {batch} must be at least 1")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        vocabulary = getattr(model.embed, "weight", torch.empty(1)).shape[0]
-        ids = torch.randint(vocabulary, (batch, prompt_len), generator=torch.Generator().manual_seed(0)).to(device)
-        if model.prompt_end is not None:
-            ids[:, -1] = model.prompt_end
-        counts = torch.full((batch,), prompt_len, device=device)
-        # On a GPU the kernels of a chunk depend on its shape, and the first call of each is no measurement.
-        warm = min(prompt_len, prefill_chunk if device.type == "cuda" else 16)
-        _fill(model, ids[:, :warm], counts.clamp(max=warm), 0, prefill_chunk)
-        begin = _now(device)
-        _, state = _fill(model, ids, counts, new_tokens + _UNCOUNTED, prefill_chunk)
-        prefill_s = _now(device) - begin
-        times = time_steps(model, state, new_tokens, cuda_graph=cuda_graph, state_dtype=state_dtype)
-    finally:
-        model.train(was_training)
-    return {"prompt_len": prompt_len, "prefill_s": prefill_s, **times}
-
-
-_UNCOUNTED = 2
-"""Steps before the first that counts: one warms up, the next captures a graph."""
-
-
-@torch.no_grad()
-def time_steps(
-    model: Model,
-    state: ModelState,
-    new_tokens: int,
-    *,
-    cuda_graph: bool | None = None,
-    state_dtype: torch.dtype | None = None,
-) -> dict[str, float]:
-    """Seconds of greedy steps from `state`, which is consumed and needs room for two more than `new_tokens`.
-
-    begin_s (until the first step that counts: constants, warm-up, capture), step_s (one step of the whole batch),
-    tokens_per_s (of the steps, all rows together), state_bytes (of the whole batch at the end), step_bytes (weights and
-    states that a step has to read and write, on average).
-    """
-    device, batch = state.position.device, len(state.position)
-    begin = _now(device)
-    stepper = model.stepper(state_dtype)
-    state = stepper.begin(state)
-    tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-    step: GraphedDecode | _Steps
-    if _with_graph(model, cuda_graph):
-        step = GraphedDecode(stepper, state, tokens, lambda logits: logits.argmax(-1))
-    else:
-        step = _Steps(stepper, state, tokens)
-    for _ in range(_UNCOUNTED):
-        step()
-    first = _now(device)
-    for _ in range(new_tokens):
-        step()
-    step_s = (_now(device) - first) / new_tokens
-    half_way = dataclasses.replace(step.state, position=step.state.position - new_tokens // 2)
-    return {
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "begin_s": first - begin,
-        "step_s": step_s,
-        "tokens_per_s": batch / step_s,
-        "state_bytes": step.state.nbytes,
-        "step_bytes": _weight_bytes(model) + stepper.traffic(half_way),
-    }
-
-
-class _Steps:
-    """Greedy steps launched kernel by kernel."""
-
-    def __init__(self, stepper: ModelStepper, state: ModelState, tokens: Tensor) -> None:
-        self.stepper, self.state, self.tokens = stepper, state, tokens
-
-    def __call__(self) -> None:
-        logits, self.state = self.stepper.step(self.tokens, self.state)
-        self.tokens = logits.argmax(-1)
-
-
-def _weight_bytes(model: Model) -> int:
-    """Bytes of the weights that every step reads: all but the rows of an embedding that no token asks for."""
-    looked_up = {id(weight) for weight in model.embed.parameters()}
-    read: dict[int, Tensor] = {id(weight): weight for weight in model.parameters() if id(weight) not in looked_up}
-    table = getattr(model.readout, "weight", None)
-    if isinstance(table, Tensor):
-        read[id(table)] = table
-    return sum(weight.nbytes for weight in read.values())
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

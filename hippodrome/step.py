@@ -119,10 +119,10 @@ class Step:
 
     def _state_before(self, j: int, batch: Batch) -> ModelState:
         """What the rows remember of the batch before; nothing where a row starts anew."""
+        assert batch.starts is not None
         before, fresh = self._states.get(j), self.model.init_state(len(batch.inputs))
-        if before is None or batch.starts is None or bool(batch.starts.all()):
-            return fresh
-        return before.reset(batch.starts.to(self.device), fresh) if bool(batch.starts.any()) else before
+        # Also where no row starts: data-parallel training waits for the gradient of a start that is learned.
+        return fresh if before is None else before.reset(batch.starts.to(self.device), fresh)
 
     def take_tokens(self) -> int:
         """Tokens this process has read since the last call."""

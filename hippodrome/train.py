@@ -75,6 +75,8 @@ def train(
         seed_place(settings.seed, 0, 0)
         held = devices.watch_memory(device)
         model = config.model.build().to(device)
+        if settings.carry_state:
+            _check_carrying(task, model, settings)
         model.activation_checkpointing = settings.activation_checkpointing
         optimizer = build_optimizer(model, settings, device)
         step = Step(settings, task, model, optimizer, device)
@@ -215,6 +217,16 @@ def _check_splits(task: Task, settings: TrainConfig) -> None:
     for split in splits:
         if task.size(split) is None and settings.eval_batches is None:
             raise BadInput(f"the {split} split of {type(task).__name__} never ends: set eval_batches")
+
+
+def _check_carrying(task: Task, model: Model, settings: TrainConfig) -> None:
+    """Refuse rows that have nothing to go on from, and a model that remembers nothing."""
+    if task.batch("train", 0, settings.batch_size).starts is None:
+        raise BadInput(
+            f"carry_state is on, but no row of {type(task).__name__} goes on from the batch before: "
+            "those of a text do in order documents or stream"
+        )
+    model.init_state(1)
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:

@@ -23,12 +23,12 @@ TESTS = Path(__file__).parent
 
 FLOORS = (
     "part state patterns positions task files documents tokenizer data devices metrics flags plots",
-    "ops norms inits model tasks",
+    "ops norms inits stepper model tasks",
     "run",
     "lti embeds readouts checkpoint",
-    "mixers channels models cuda_graph optim step train generation evaluate by_position parity progress",
+    "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
     "recipes compare grid catalog convert convert_vit doctor verify bench",
-    "demo cli __main__",
+    "demo dispatch cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hippodrome
-from hippodrome.checkpoint import Checkpoints, damage, load, save
+from hippodrome.checkpoint import Checkpoints, _NoDraws, damage, load, save
 from hippodrome.optim import build_optimizer
 from hippodrome.part import BadInput
 from hippodrome.readouts.lm import Lm
@@ -69,6 +69,12 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path, model):
     torch.manual_seed(0)
     load(tmp_path / "saved")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_truncated_normal_ends_where_nothing_is_drawn():
+    with _NoDraws():
+        drawn = torch.nn.init.trunc_normal_(torch.full((64, 64), 9.0), a=-2, b=2)
+    assert not drawn.any()
 
 
 def test_files_are_as_readable_as_any_other(tmp_path, model):

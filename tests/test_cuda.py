@@ -1,5 +1,9 @@
 """What a GPU must agree on with the CPU: the parts, whole and in steps, and their gradients."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, ModelConfig
 from hippodrome.patterns import Chunk, Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.task import Batch
 
@@ -23,7 +28,7 @@ MIXERS = {
     "h3": H3.Config(),
     "h3 with heads of 4": H3.Config(head_dim=4),
     "ssm": SSM.Config(),
-    "attention": Attention.Config(rotary_dim=4),
+    "attention": Attention.Config(position=Rotary(4)),
     "window": Attention.Config(pattern=Window(size=7)),
     "chunks": Attention.Config(pattern=Chunk(size=7)),
     "gss": GSS.Config(),
@@ -87,3 +92,11 @@ def test_bf16_autocast_is_close(mixer):
     with torch.autocast("cuda", torch.bfloat16):
         rough = model(ids).logits
     assert (rough - exact).norm() < 3e-2 * exact.norm()
+
+
+def test_a_run_trains_in_a_process_of_its_own(tmp_path):
+    """Where nothing has touched the device before."""
+    command = [sys.executable, "-m", "hippodrome", "train", "h3.synthetic", "--epochs", "1", "--rows", "64", "--device", "cuda"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.tokens import Tokens
-from hippodrome.generation import Sampling, generate, probabilities, stream, stream_text, time_generation, time_steps
+from hippodrome.generation import generate, stream, stream_text
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.ssm import SSM
@@ -18,8 +18,11 @@ from hippodrome.model import BlockConfig, Model, ModelConfig
 from hippodrome.ops._op import use_backend
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full, Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
+from hippodrome.sampling import Sampling, probabilities
 from hippodrome.state import State
+from hippodrome.timing import time_generation, time_steps
 from hippodrome.tokenizer import Tokenizer
 
 VOCAB = 40
@@ -30,7 +33,7 @@ MIXERS = {
     "h3": (H3.Config(d_state=8), H3.Config(d_state=8)),
     "hybrid": (H3.Config(d_state=8), Attention.Config(n_head=2)),
     "heads of h3": (H3.Config(d_state=8, head_dim=4), H3.Config(d_state=8, use_shift=False)),
-    "grouped rotary": (Attention.Config(n_head=4, n_kv_head=2, rotary_dim=4), SSM.Config()),
+    "grouped rotary": (Attention.Config(n_head=4, n_kv_head=2, position=Rotary(4)), SSM.Config()),
 }
 
 
@@ -59,6 +62,7 @@ class Script(nn.Module):
 
     causal = True
     embed = None
+    prompt_end = None
 
     def __init__(self, ids: list[int], vocab: int) -> None:
         super().__init__()
@@ -449,7 +453,8 @@ def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.graph", lambda tape: tape)
     monkeypatch.setattr("torch.cuda.Event", NoEvent)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
-    monkeypatch.setattr("hippodrome.generation._with_graph", lambda model, wanted: bool(wanted))
+    for module in ("generation", "timing"):
+        monkeypatch.setattr(f"hippodrome.{module}.with_graph", lambda model, wanted: bool(wanted))
     # The CPU's own backends look at positions on the host, which no graph may.
     with use_backend("reference"):
         yield

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hippodrome import generate, load
 from hippodrome.convert import convert_h3, infer_layout, our_names
-from hippodrome.generation import Sampling
 from hippodrome.model import Model
+from hippodrome.sampling import Sampling
 from hippodrome.task import IGNORE, Batch
 
 GOLDEN = Path(__file__).parent / "golden"

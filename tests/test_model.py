@@ -21,6 +21,7 @@ from hippodrome.model import BlockConfig, ChannelMixer, Model, ModelConfig
 from hippodrome.norms import Fp32Parameters
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import Full, Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.readouts.pool import Pool
 from hippodrome.task import IGNORE, Batch
@@ -33,7 +34,7 @@ HYBRID = ModelConfig(
     d_model=16,
     blocks=(
         BlockConfig(mixer=H3.Config(d_state=8, head_dim=2), channel=Mlp.Config()),
-        BlockConfig(mixer=Attention.Config(n_head=2, rotary_dim=4), channel=Glu.Config(), norm="rms"),
+        BlockConfig(mixer=Attention.Config(n_head=2, position=Rotary(4)), channel=Glu.Config(), norm="rms"),
         BlockConfig(mixer=SSM.Config(system=S4D.Config(d_state=8))),
         BlockConfig(mixer=Attention.Config(pattern=Window(size=4)), channel=Mlp.Config()),
     ),

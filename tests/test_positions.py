@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from hippodrome.mixers import _slices
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
-from hippodrome.patterns import Causal
-from hippodrome.positions import Alibi, Rotary, T5Bias
+from hippodrome.patterns import Causal, Full, Window
+from hippodrome.positions import Alibi, T5Bias
 from tests.support import assert_close, build
 
 
@@ -44,6 +45,50 @@ def test_buckets_that_cannot_be_are_refused(arguments):
         T5Bias(**arguments)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Attention.Config(n_head=2, position=T5Bias(buckets=4, max_distance=6)),
+        Attention.Config(n_head=2, pattern=Window(5), position=T5Bias(buckets=6, max_distance=9)),
+        Attention.Config(n_head=2, pattern=Full(), position=T5Bias(buckets=8, max_distance=6, bidirectional=True)),
+    ],
+)
+@pytest.mark.parametrize("carried", [False, True])
+def test_biases_come_in_slices_where_they_are_many(monkeypatch, config, carried):
+    """Values and gradients, of padded rows and of rows that go on."""
+    mixer, x, g = build(config, 8), torch.randn(2, 23, 8), torch.randn(2, 23, 8)
+    if carried and not mixer.causal:
+        pytest.skip("not causal: it has no state")
+    found = []
+    for scores in (2**25, 2 * 2 * 23 * 4):
+        monkeypatch.setattr(_slices, "SCORES", scores)
+        mixer.zero_grad()
+        state, lengths = None, torch.tensor([23, 17])
+        if carried:
+            _, state = mixer(x[:, :9], mixer.init_state(2), lengths=torch.tensor([9, 4]))
+        y, _ = mixer(x, state, lengths=lengths)
+        y = torch.where(torch.arange(23)[:, None] < lengths[:, None, None], y, 0)
+        (y * g).sum().backward()
+        found.append([y.detach(), *(parameter.grad.clone() for parameter in mixer.parameters())])
+    for sliced, whole in zip(found[1], found[0], strict=True):
+        assert torch.allclose(sliced, whole, atol=1e-5 * float(whole.abs().max()) + 1e-6)
+
+
+def test_memory_of_biases_is_linear_in_the_length(monkeypatch):
+    """Numbers kept between forward and backward."""
+    mixer = build(Attention.Config(n_head=2, position=T5Bias()), 8)
+
+    def kept(length):
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            mixer(torch.randn(1, length, 8))
+        return sum(numbers)
+
+    assert kept(512) > 3 * kept(256)
+    monkeypatch.setattr(_slices, "SCORES", 2**10)
+    assert kept(512) < 2.2 * kept(256)
+
+
 @pytest.mark.parametrize("position", [Alibi(), T5Bias(buckets=4, max_distance=6)])
 def test_the_mixer_adds_them_to_its_scores(position):
     mixer, x = build(Attention.Config(n_head=2, position=position), 8), torch.randn(1, 9, 8)
@@ -56,9 +101,3 @@ def test_the_mixer_adds_them_to_its_scores(position):
     hidden = ~Causal().mask(9, 9)
     p = (q @ k.transpose(-1, -2) / 2 + bias).masked_fill(hidden, -torch.inf).softmax(-1)
     assert_close(mixer(x)[0], mixer.out_proj((p @ v).transpose(1, 2).flatten(2)))
-
-
-def test_rotary_is_the_old_field():
-    old, new = (build(config, 8) for config in (Attention.Config(rotary_dim=2), Attention.Config(position=Rotary(2))))
-    x = torch.randn(1, 5, 8)
-    assert torch.equal(old(x)[0], new(x)[0])

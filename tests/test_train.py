@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -9,17 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import hippodrome
+from hippodrome.channels.mlp import Mlp
 from hippodrome.checkpoint import Checkpoints
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.files import write_json
 from hippodrome.metrics import read_metrics
+from hippodrome.mixers.attention import Attention
+from hippodrome.mixers.block_recurrent import BlockRecurrent
+from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.optim import build_optimizer
-from hippodrome.part import BadInput, to_dict
+from hippodrome.part import BadInput, find, names, to_dict
+from hippodrome.patterns import Full
+from hippodrome.readouts.lm import Lm
 from hippodrome.step import Step, seed_place
 from hippodrome.tasks.lm import Lm as LmTask
 from hippodrome.train import main, train
+from tests.support import variants
 from tests.tiny import Double, tiny_model, tiny_run
 
 CPU = torch.device("cpu")
@@ -127,9 +136,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 def test_two_processes_carry_the_states_of_their_micro_batches_and_resume(tmp_path, monkeypatch):
     """After a resume from step 4, a checkpoint holds the states that it held without, those of both processes."""
     monkeypatch.setenv("HIPPODROME_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("the horses run round and round the track and nobody knows why. " * 60)
-    task = LmTask.Config(text=str(tmp_path / "text.txt"), tokenizer="bytes", length=12, order="stream", holdout=0.1)
-    model = dataclasses.replace(tiny_model(), embed=Tokens.Config(vocab_size=257))
+    words = [*map("the horses run round and round the track and nobody knows why. ".__mul__, (1, 2, 1, 3) * 10)]
+    (tmp_path / "text.txt").write_text("|".join(words))
+    where = {"text": str(tmp_path / "text.txt"), "tokenizer": "bytes", "separator": "|", "holdout": 0.1}
+    task = LmTask.Config(**where, length=12, order="documents")
+    # Its states have a start that is learned, and that no row has in the second step.
+    recurrent = BlockConfig(mixer=BlockRecurrent.Config(n_head=2, window=4, n_state=3), channel=Mlp.Config())
+    blocks = (*tiny_model().blocks, recurrent)
+    model = dataclasses.replace(tiny_model(), blocks=blocks, embed=Tokens.Config(vocab_size=257))
     config = tiny_run(task, model, steps=8, micro_batch=2, carry_state=True, save_every=4)
     write_json(tmp_path / "config.json", to_dict(config))
     run = tmp_path / "two"
@@ -233,6 +247,48 @@ def test_a_carried_state_reaches_the_next_batch_and_only_rows_that_go_on(tmp_pat
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     naive = torch.nn.functional.cross_entropy(alone.flatten(0, 1), second.targets.flatten())
     assert loss.item() != pytest.approx(naive.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", names("mixers"))
+def test_a_document_is_learned_as_if_it_were_alone(tmp_path, monkeypatch, name):
+    """Rows that read one document after the other lose nothing of their own, and see nothing of the ones before."""
+    monkeypatch.setenv("HIPPODROME_CACHE", str(tmp_path / "cache"))
+    words = random.Random(0).choices("abcdefgh", k=800)
+    (tmp_path / "text.txt").write_text("|".join("".join(words[40 * n : 41 * n + 3]) for n in range(20)))
+    where = {"text": str(tmp_path / "text.txt"), "separator": "|", "tokenizer": "bytes", "holdout": 0.05}
+    task = LmTask.Config(**where, order="documents", length=6).build()
+    block = BlockConfig(mixer=(*variants("mixers", name), find(Mixer, name).Config())[0], channel=Mlp.Config())
+    model = ModelConfig(d_model=16, blocks=(block,), embed=Tokens.Config(vocab_size=257), readout=Lm.Config()).build()
+    if not model.causal:
+        pytest.skip("not causal: it has no state")
+    settings = tiny_run(batch_size=3, lr=1e-30, weight_decay=0.0, carry_state=True).train
+    step = Step(settings, task, model.train(), build_optimizer(model, settings, CPU), CPU)
+    seen: list[Tensor] = [torch.tensor([])] * 3
+    resets = 0
+    for number in range(8):
+        batch = task.batch("train", number, 3)
+        counts = torch.full((3,), 6) if batch.lengths is None else batch.lengths
+        nats = []
+        for row, count in enumerate(counts.tolist()):
+            new = batch.inputs[row, :count]
+            seen[row] = new if batch.starts[row] else torch.cat([seen[row], new])
+            with torch.no_grad():
+                logits = model(seen[row][None]).logits[0, -count:]
+            nats.append(torch.nn.functional.cross_entropy(logits, batch.targets[row, :count], reduction="sum"))
+        loss, _ = step(number)
+        assert loss.item() == pytest.approx(float(sum(nats) / counts.sum()), rel=2e-5)
+        resets += int(batch.starts.sum()) if number else 0
+    assert resets > 2
+
+
+def test_what_cannot_be_carried_is_said_before_there_is_a_folder(tmp_path):
+    with pytest.raises(BadInput, match="carry_state is on, but no row of Induction goes on from the batch before"):
+        train(tiny_run(carry_state=True), tmp_path / "run")
+    block = BlockConfig(mixer=Attention.Config(pattern=Full()))
+    model = dataclasses.replace(tiny_model(), blocks=(block,))
+    with pytest.raises(BadInput, match="sees the future"):
+        train(tiny_run(Double.Config(), model, carry_state=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_carried_states_are_cut_like_the_batch_and_resume_to_the_same_bits(tmp_path):

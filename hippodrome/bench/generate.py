@@ -21,13 +21,13 @@ from hippodrome.bench._measure import DTYPES, Bench, Row, checked, grid
 from hippodrome.bench._steps import fast_attention
 from hippodrome.bench._targets import Ratio, cost, ratios
 from hippodrome.embeds.tokens import Tokens
-from hippodrome.generation import time_generation
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes.h3 import h3, pure
 from hippodrome.recipes.linear_transformer import linear_transformer
 from hippodrome.recipes.transformer import transformer
+from hippodrome.timing import time_generation
 
 TRANSFORMER, HYBRID, PURE, PEER = "Transformer", "H3, two layers of attention", "H3 alone", "transformers' generate, GPT-2"
 LINEAR = "linear attention"

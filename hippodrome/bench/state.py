@@ -26,11 +26,11 @@ from hippodrome.bench._steps import fast_attention
 from hippodrome.bench._targets import Ratio, ratios
 from hippodrome.bench.generate import HEAD_WIDTH, VOCABULARY
 from hippodrome.embeds.tokens import Tokens
-from hippodrome.generation import time_steps
 from hippodrome.model import Model, ModelConfig, ModelState
 from hippodrome.part import BadInput
 from hippodrome.recipes import find_recipe
 from hippodrome.recipes._lm import Text
+from hippodrome.timing import time_steps
 
 TRANSFORMER = "Transformer"
 SYSTEMS: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hippodrome.mixers.attention import rotate
 from hippodrome.part import BadInput
-
-SCORES = 2**25
-"""Scores held at once: more are computed in slices of the queries, and in training anew for the gradient."""
 
 Function = Literal["softmax", "laplace", "relu2"]
 
@@ -49,24 +43,6 @@ def attend(
 def _laplace(x: Tensor) -> Tensor:
     """The distribution function of N(1/sqrt(2), 1/(4 pi)), at whose mean it has the value and slope of relu(x)^2."""
     return 0.5 * (1 + torch.erf((x - 0.5**0.5) * (2 * math.pi) ** 0.5))
-
-
-def in_slices(some: Callable[[int, int], Tensor], queries: int, scores: int, dropout: float) -> Tensor:
-    """some(0, queries) (..., queries, V), in slices of so many queries that few scores exist at once; one has `scores`."""
-    size = max(1, SCORES // max(1, scores))
-    if size >= queries:
-        return some(0, queries)
-    if torch.is_grad_enabled():
-        # Only dropout has to be drawn alike a second time; to remember where the dice stood makes a device wait.
-        some = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=dropout > 0)
-    return torch.cat([some(start, min(queries, start + size)) for start in range(0, queries, size)], -2)
-
-
-def by_distance(table: Tensor, start: int, stop: int, keys: int) -> Tensor:
-    """Biases (stop - start, keys) of the queries start ... stop - 1, from those of the distances -(n - 1) ... n - 1."""
-    newest = len(table) // 2
-    # A window a query: one token further, and it begins one place to the left. Its gradient is a sum without atomics.
-    return table[newest + 1 - stop : newest - start + keys].unfold(0, keys, 1).flip(0)
 
 
 class SimpleBias(nn.Module):

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippodrome.norms import Fp32Parameters
+from hippodrome.ops.attention import attention
+from hippodrome.patterns import Full
 
 GateKind = Literal["fixed", "lstm"]
 CellKind = Literal["skip", "dual", "single"]
@@ -68,8 +70,8 @@ class RecurrentCell(Fp32Parameters):
         """The states after a block, from their own projections and keys and values (B, H, T, K) of tokens: all are read."""
         k, v, q, q2 = own
         to_own, to_tokens = self.scale.abs()[:, :, None, None].to(q.dtype)
-        a = F.scaled_dot_product_attention(q * to_own, k, v, scale=1.0)
-        c = F.scaled_dot_product_attention(q2 * to_tokens, keys, values, scale=1.0)
+        a = attention(q * to_own, k, v, Full(), scale=1.0)
+        c = attention(q2 * to_tokens, keys, values, Full(), scale=1.0)
         both = torch.cat([a, c], 1).transpose(1, 2).flatten(2)
         if self.kind == "single":
             hidden = F.relu(self.fc1(both))

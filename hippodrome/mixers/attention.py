@@ -10,7 +10,7 @@ Shapes: x (B, L, D); q (B, H, L, K); k, v (B, G, L, K), G = H unless queries are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hippodrome.model import Mixer, Stepper
+from hippodrome.mixers._slices import by_distance, in_slices
+from hippodrome.model import Mixer
 from hippodrome.ops.attention import attention
 from hippodrome.ops.attention_step import attention_step, turn
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern, Window
 from hippodrome.positions import Alibi, Position, Rotary, T5Bias
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,6 @@ class Attention(Mixer[AttentionState]):
         n_kv_head: int | None = None
         """Heads of keys and values, a divisor of n_head; None: as many as queries."""
         pattern: Pattern = field(default_factory=Causal)
-        rotary_dim: int = 0
-        """Channels of each head that rotate with position; 0: none. The same as `position=Rotary(dim)`."""
-        rotary_base: float = 10000.0
         position: Position | None = None
         dropout: float = 0.0
         """Share of attention weights dropped in training."""
@@ -149,7 +148,7 @@ class Attention(Mixer[AttentionState]):
             raise BadInput(f"dropout is {config.dropout}: it must be at least 0 and below 1")
         self.config = config
         self.n_head, self.n_kv, self.d_head = n_head, n_kv, d_head
-        self.rotary_dim, self.rotary_base, self.rotary_closed = _rotation(config, d_head)
+        self.rotation = _rotation(config.position, d_head)
         if isinstance(config.position, T5Bias):
             self.distance_bias = nn.Parameter(torch.zeros(config.position.buckets, n_head))
         self.Wqkv = nn.Linear(d_model, (n_head + 2 * n_kv) * d_head)
@@ -170,13 +169,12 @@ class Attention(Mixer[AttentionState]):
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in self.Wqkv(x).split(sizes, -1))
         at = torch.arange(length, device=x.device)[None]
         position = at if state is None else at + state.position[:, None]
-        if self.rotary_dim:
-            how = self.rotary_dim, self.rotary_base, self.rotary_closed
-            q, k = (rotate(t, position, *how) for t in (q, k))
+        if self.rotation is not None:
+            q, k = (rotate(t, position, *self.rotation) for t in (q, k))
         if state is None:
-            # In a causal pattern no real token sees the padding on its right, so only others need a mask.
-            real = None if lengths is None or self.causal else torch.where(at < lengths[:, None], at, -1)
-            y = self._attend(q, k, v, k_position=real, pattern=self.config.pattern.sized(length, self.n_head))
+            # In a causal pattern no real token sees the padding on its right, so only others need to hide it.
+            padded = None if self.causal else lengths
+            y = self._attend(q, k, v, k_lengths=padded, pattern=self.config.pattern.sized(length, self.n_head))
         else:
             y, state = self._continue(q, k, v, position, state, lengths)
         return self.out_proj(y.transpose(1, 2).flatten(2)), state
@@ -205,23 +203,52 @@ class Attention(Mixer[AttentionState]):
         *,
         q_position: Tensor | None = None,
         k_position: Tensor | None = None,
+        k_lengths: Tensor | None = None,
         pattern: Pattern | None = None,
     ) -> Tensor:
-        dropout = self.config.dropout if self.training else 0.0
-        places = {"q_position": q_position, "k_position": k_position}
-        slopes = self.config.position.slopes(self.n_head, q.device) if isinstance(self.config.position, Alibi) else None
-        bias = self._distance_bias(q, k, **places)
+        position, dropout = self.config.position, self.config.dropout if self.training else 0.0
         pattern = self.config.pattern if pattern is None else pattern
-        return attention(q, k, v, pattern, **places, bias=bias, slopes=slopes, dropout=dropout)
+        places = {"q_position": q_position, "k_position": k_position, "k_lengths": k_lengths}
+        if isinstance(position, T5Bias):
+            return self._attend_biased(q, k, v, position, places, pattern, dropout)
+        slopes = position.slopes(self.n_head, q.device) if isinstance(position, Alibi) else None
+        return attention(q, k, v, pattern, **places, slopes=slopes, dropout=dropout)
 
-    def _distance_bias(self, q: Tensor, k: Tensor, q_position: Tensor | None, k_position: Tensor | None) -> Tensor | None:
-        """What T5's table adds to the scores, (B or 1, H, Lq, Lk)."""
-        if not isinstance(self.config.position, T5Bias):
-            return None
-        q_at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None] if q_position is None else q_position
-        k_at = torch.arange(k.shape[2], device=q.device)[None] if k_position is None else k_position
-        bucket = self.config.position.bucket(q_at[:, :, None], k_at[:, None, :])
-        return self.distance_bias[bucket].permute(0, 3, 1, 2)
+    def _attend_biased(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: T5Bias,
+        places: Mapping[str, Tensor | None],
+        pattern: Pattern,
+        dropout: float,
+    ) -> Tensor:
+        """With T5's table added to the scores: no backend takes biases of distances, so they are written out, in slices."""
+        keys, before = k.shape[2], k.shape[2] - q.shape[2]
+        q_position, k_position = places["q_position"], places["k_position"]
+        by_offset = self._by_offset(position, keys) if q_position is None else None
+
+        def some(start: int, stop: int) -> Tensor:
+            seen, q_at = keys, None if q_position is None else q_position[:, start:stop]
+            if by_offset is None:
+                assert q_at is not None
+                k_at = torch.arange(keys, device=q.device)[None] if k_position is None else k_position
+                bias = self.distance_bias[position.bucket(q_at[:, :, None], k_at[:, None])].permute(0, 3, 1, 2)
+            else:
+                # Padding is hidden, and its bias of no consequence.
+                seen = before + stop if pattern.causal and k_position is None else keys
+                bias = by_distance(by_offset, before + start, before + stop, seen).transpose(0, 1)
+                q_at = None if seen == before + stop else torch.arange(before + start, before + stop, device=q.device)[None]
+            part = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
+            return attention(*part, pattern, **(places | {"q_position": q_at}), bias=bias, dropout=dropout)
+
+        return in_slices(some, q.shape[2], q.shape[0] * q.shape[1] * keys, dropout)
+
+    def _by_offset(self, position: T5Bias, keys: int) -> Tensor:
+        """Biases of keys that stand -(n - 1) ... n - 1 places behind a query (2 n - 1, H)."""
+        at = torch.arange(1 - keys, keys, device=self.distance_bias.device)
+        return self.distance_bias[position.bucket(torch.zeros_like(at), at)]
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: AttentionState, lengths: Tensor | None
@@ -263,8 +290,10 @@ class _AttentionStepper(Stepper[AttentionState]):
 
     def __init__(self, mixer: Attention) -> None:
         super().__init__(mixer)
-        table = (mixer.rotary_dim, mixer.rotary_base, mixer.Wqkv.weight.device, mixer.rotary_closed)
-        self._frequency = frequencies(*table) if mixer.rotary_dim else None
+        self._frequency: Tensor | None = None
+        if mixer.rotation is not None:
+            dim, base, closed = mixer.rotation
+            self._frequency = frequencies(dim, base, mixer.Wqkv.weight.device, closed)
 
     def begin(self, state: AttentionState, position: Tensor) -> State:
         return _AttentionStepState(state.k, state.v, state.wraps) if state.fixed else state
@@ -294,17 +323,14 @@ class _AttentionStepper(Stepper[AttentionState]):
         return (state.k.nbytes + state.v.nbytes) * filled // max(1, slots * len(position))
 
 
-def _rotation(config: Attention.Config, d_head: int) -> tuple[int, float, bool]:
-    """How many channels of a head turn, their base, and whether their table is closed."""
-    dim, base, closed, name = config.rotary_dim, config.rotary_base, False, "rotary_dim"
-    if dim and config.position is not None:
-        raise BadInput(f"rotary_dim is {dim} and position is {config.position}: give one of them")
-    if isinstance(config.position, Rotary):
-        dim = d_head if config.position.dim is None else config.position.dim
-        base, closed, name = config.position.base, config.position.closed, "Rotary's dim"
+def _rotation(position: Position | None, d_head: int) -> tuple[int, float, bool] | None:
+    """How many channels of a head turn, their base, and whether their table is closed; None: none turn."""
+    if not isinstance(position, Rotary):
+        return None
+    dim = d_head if position.dim is None else position.dim
     if dim < 0 or dim % 2 or dim > d_head:
-        raise BadInput(f"{name} is {dim}: it must be even, 0 or more and at most the head width {d_head}")
-    return dim, base, closed
+        raise BadInput(f"Rotary's dim is {dim}: it must be even, 0 or more and at most the head width {d_head}")
+    return (dim, position.base, position.closed) if dim else None
 
 
 def _check_room(tokens: int, slots: int) -> None:

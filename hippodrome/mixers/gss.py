@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from hippodrome.lti._base import Diagonal, DiagonalState
 from hippodrome.lti._zoh import expm1_over
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.part import BadInput, OptimRule
+from hippodrome.stepper import Stepper
 
 
 class GSS(Mixer[DiagonalState]):

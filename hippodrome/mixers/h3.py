@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from hippodrome.lti._base import LTI, Diagonal, DiagonalState
 from hippodrome.lti.s4d import S4D
 from hippodrome.lti.shift import Shift, ShiftState
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.ops.h3 import gather, h3, outer
 from hippodrome.ops.h3_step import ages, h3_step
 from hippodrome.part import BadInput
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from hippodrome.lti._base import DiagonalState
 from hippodrome.lti.ema import EMA
-from hippodrome.mixers._distance import Function, RotaryBias, SimpleBias, attend, by_distance, in_slices
+from hippodrome.mixers._distance import Function, RotaryBias, SimpleBias, attend
+from hippodrome.mixers._slices import by_distance, in_slices
 from hippodrome.mixers.attention import AttentionState
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.ops.long_conv import long_conv
 from hippodrome.part import BadInput
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)

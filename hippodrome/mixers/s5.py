@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from hippodrome.inits import truncated_normal_
 from hippodrome.lti._hippo import Complex, nplr
 from hippodrome.lti._zoh import expm1_over
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.norms import Fp32Parameters
 from hippodrome.ops.scan import scan
 from hippodrome.part import BadInput, OptimRule
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 @dataclass(frozen=True)

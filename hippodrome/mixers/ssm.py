@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from hippodrome.lti._base import LTI
 from hippodrome.lti.s4d import S4D
-from hippodrome.model import Mixer, Stepper
+from hippodrome.model import Mixer
 from hippodrome.part import BadInput
 from hippodrome.state import State
+from hippodrome.stepper import Stepper
 
 
 class SSM(Mixer[State]):

@@ -31,9 +31,7 @@ from hippodrome.model import (
     BlockConfig,
     Loss,
     ModelState,
-    ModelStepper,
     Output,
-    Stepper,
     WholeModel,
     _left_align,
 )
@@ -42,6 +40,7 @@ from hippodrome.ops.attention import attention
 from hippodrome.part import BadInput
 from hippodrome.patterns import Full
 from hippodrome.state import State
+from hippodrome.stepper import ModelStepper, Stepper
 from hippodrome.task import IGNORE, Batch, several
 
 Memory = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hippodrome.part import BadInput, Choice
 
-_CELLS = 1 << 22
+CELLS = 1 << 22
 """Pairs or tiles looked at in one piece: a map of 4096 x 4096 tiles, or a mask behind it, never lies in memory whole."""
 
 
@@ -125,7 +125,7 @@ class Pattern(Choice):
         k0 = torch.arange(0, n_k, size, dtype=torch.int32)
         firsts = torch.arange(0, n_q, size, dtype=torch.int32)
         at = torch.tensor(head)
-        step = max(1, _CELLS // len(k0))
+        step = max(1, CELLS // len(k0))
         for row in range(0, len(firsts), step):
             q0 = firsts[row : row + step, None]
             q1 = (q0 + size - 1).clamp(max=n_q - 1)
@@ -265,7 +265,7 @@ def _looked_at(pattern: Pattern, head: Tensor, box: Box) -> tuple[Tensor, Tensor
     height, width = (int((last - first).max()) + 1 for first, last in ((q0, q1), (k0, k1)))
     found = []
     for head_, a, b, c, d in zip(
-        *(edge.split(max(1, _CELLS // (height * width))) for edge in (at, q0, q1, k0, k1)), strict=True
+        *(edge.split(max(1, CELLS // (height * width))) for edge in (at, q0, q1, k0, k1)), strict=True
     ):
         # Rectangles at an edge are smaller: their last row or column is looked at again.
         q = torch.minimum(a[:, None] + torch.arange(height), b[:, None])[:, :, None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hippodrome.part import BadInput
-from hippodrome.patterns._pattern import Box, Pattern
+from hippodrome.patterns._pattern import CELLS, Box, Pattern
 
 _SLOTS = 64
 """Random tiles a row at most: more is no sparse pattern, and every slot costs a comparison a pair."""
@@ -33,17 +33,20 @@ class TilePattern(Pattern):
 
     def bounds(self, head: Tensor, box: Box) -> tuple[Tensor, Tensor]:
         side = self.side
-        i0, i1, j0, j1 = (edge // side for edge in box)
+        i0, i1, j0, j1 = (edge[..., None] // side for edge in box)
+        down, right = (torch.arange(int((last - first).max()) + 1, dtype=last.dtype) for first, last in ((i0, i1), (j0, j1)))
         some, every = torch.tensor(False), torch.tensor(True)
-        for down, right in itertools.product(range(int((i1 - i0).max()) + 1), range(int((j1 - j0).max()) + 1)):
-            i, j = torch.minimum(i0 + down, i1), torch.minimum(j0 + right, j1)
-            seen = self.sees(head, i, j)
+        # All tiles of a rectangle at once, as many of them as lie in memory; past its edge the last one is asked for again.
+        rectangles = math.prod(torch.broadcast_shapes(head.shape, *(edge.shape for edge in box)))
+        for offsets in torch.cartesian_prod(down, right).split(max(1, CELLS // rectangles)):
+            i, j = torch.minimum(i0 + offsets[:, 0], i1), torch.minimum(j0 + offsets[:, 1], j1)
+            seen = self.sees(head[..., None], i, j)
+            whole = seen
             if self.causal:
-                q0, q1 = torch.maximum(box.q0, i * side), torch.minimum(box.q1, i * side + side - 1)
-                k0, k1 = torch.maximum(box.k0, j * side), torch.minimum(box.k1, j * side + side - 1)
-                some, every = some | (seen & (k0 <= q1)), every & seen & (k1 <= q0)
-            else:
-                some, every = some | seen, every & seen
+                q0, q1 = torch.maximum(box.q0[..., None], i * side), torch.minimum(box.q1[..., None], i * side + side - 1)
+                k0, k1 = torch.maximum(box.k0[..., None], j * side), torch.minimum(box.k1[..., None], j * side + side - 1)
+                seen, whole = seen & (k0 <= q1), seen & (k1 <= q0)
+            some, every = some | seen.any(-1), every & whole.all(-1)
         return some, every
 
     @property

@@ -12,7 +12,7 @@ from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Chunk, Pattern, Window
 from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.run import RunConfig, TrainConfig
-from hippodrome.tasks.lm import Lm
+from hippodrome.tasks.lm import Lm, Order
 from hippodrome.tokenizer import Kind
 
 BUDGET = TrainConfig(steps=1000, batch_size=16, lr=1e-3, clip=1.0, eval_every=100, eval_batches=8, save_every=500)
@@ -37,6 +37,18 @@ class Text:
     """What parts the documents of a .txt file; None: a file is one document."""
     field: str = Lm.Config.field
     """Where .jsonl and .parquet keep a document."""
+    order: Order | None = None
+    """How rows follow each other. documents: each reads one from start to end, then the next, its carried state reset; stream:
+    its own stretch of the text. None: stream where the state is carried, else shuffled, which is for rows on their own."""
+
+    def task(self, train: TrainConfig) -> Lm.Config:
+        """Its language modelling by a run. Raises `BadInput` for an order and a carry_state that do not go together."""
+        order = self.order or ("stream" if train.carry_state else "shuffled")
+        if train.carry_state and order == "shuffled":
+            raise BadInput("order is shuffled and carry_state on: rows go on in order documents or stream only, take documents")
+        if order != "shuffled" and not train.carry_state:
+            raise BadInput(f"order is {order} and carry_state off: rows that go on need it on, others have order shuffled")
+        return Lm.Config(**asdict(self) | {"order": order}, seed=train.seed)
 
 
 SOTU = Text()
@@ -63,7 +75,7 @@ def language_model(
     learned_positions: bool = False,
 ) -> RunConfig:
     """Blocks of a mixer and an MLP each, embeddings tied to the readout. A run that carries its state reads a stream."""
-    task = Lm.Config(**asdict(text), order="stream" if train.carry_state else "shuffled", seed=train.seed)
+    task = text.task(train)
     if task.ids < 1:
         raise BadInput(f"vocab_size is {text.vocab_size}: it must be at least 257, for 256 bytes and the end of a document")
     if not mixers:

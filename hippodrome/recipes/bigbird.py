@@ -14,6 +14,7 @@ from hippodrome.model import BlockConfig, Mixer
 from hippodrome.models.encoder_decoder import EncoderDecoder
 from hippodrome.part import BadInput
 from hippodrome.patterns import BigBird, Full
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.recipes._systems import mixer_named
@@ -57,7 +58,7 @@ def bigbird(
     """
     _check_heads(n_head, d_model)
     patterns = [BigBird(tile=tile, n_random=n_random, seed=layer) for layer in range(n_layer)]
-    mixers = [Attention.Config(n_head=n_head, pattern=pattern, rotary_dim=d_model // n_head) for pattern in patterns]
+    mixers = [Attention.Config(n_head=n_head, pattern=pattern, position=Rotary()) for pattern in patterns]
     return language_model(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
@@ -168,7 +169,7 @@ def _reader(encoder: Encoder, length: int, d_model: int, n_head: int, tile: int,
         return mixer_named(encoder, d_model=d_model, length=length, bidirectional=True)
     sparse = BigBird(tile=tile, n_random=n_random, form="encoder", seed=layer, length=length)
     pattern = sparse if encoder == "bigbird" else Full()
-    return Attention.Config(n_head=n_head, pattern=pattern, rotary_dim=d_model // n_head)
+    return Attention.Config(n_head=n_head, pattern=pattern, position=Rotary())
 
 
 def _model(
@@ -177,7 +178,7 @@ def _model(
     """Blocks with an MLP each on both sides, learned positions and, in attention, rotary ones; one table of ids for all."""
     if not encoder or n_decoder < 1:
         raise BadInput(f"n_layer is {len(encoder)} and n_decoder {n_decoder}: both sides need at least one block")
-    writer = Attention.Config(n_head=n_head, rotary_dim=d_model // n_head)
+    writer = Attention.Config(n_head=n_head, position=Rotary())
     return EncoderDecoder.Config(
         d_model=d_model,
         encoder=tuple(BlockConfig(mixer=mixer, channel=Mlp.Config(), dropout=dropout) for mixer in encoder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, spelled
+from hippodrome.positions import Rotary
 from hippodrome.recipes._lm import BUDGET, SOTU, Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
@@ -34,5 +35,5 @@ def block_sparse(
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     seen = spelled(pattern)
     seen = seen if seen.causal else seen & Causal()
-    attention = Attention.Config(n_head=n_head, pattern=seen, rotary_dim=d_model // n_head)
+    attention = Attention.Config(n_head=n_head, pattern=seen, position=Rotary())
     return language_model([attention] * n_layer, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)

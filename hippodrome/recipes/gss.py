@@ -10,6 +10,7 @@ from hippodrome.mixers.gss import GSS
 from hippodrome.model import Mixer
 from hippodrome.part import BadInput
 from hippodrome.patterns import Chunk
+from hippodrome.positions import Rotary
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
@@ -68,7 +69,7 @@ def hybrid(
         raise BadInput(f"every is {every}: it must be at least 1")
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
-    attention = Attention.Config(n_head=n_head, pattern=Chunk(size=chunk), rotary_dim=d_model // n_head // 2 * 2)
+    attention = Attention.Config(n_head=n_head, pattern=Chunk(size=chunk), position=Rotary(d_model // n_head // 2 * 2))
     mixers = [attention if layer % every == every - 1 else GSS.Config(d_state=d_state) for layer in range(n_layer)]
     return _without_mlps(mixers, text, train, d_model=d_model, d_ff=d_ff, dropout=dropout)
 

@@ -13,6 +13,7 @@ from hippodrome.mixers.ssm import SSM
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
 from hippodrome.patterns import Window
+from hippodrome.positions import Rotary
 from hippodrome.readouts.positions import Positions
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.tasks.listops_subtrees import ListOpsSubTrees
@@ -79,7 +80,7 @@ def listops_subtrees(
     mixers: dict[str, Mixer.Config] = {
         "dlr": SSM.Config(system=DLR.Config(d_state=d_state, dt_min=1e-4, dt_max=1e-1)),
         "s4d": SSM.Config(system=S4D.Config(d_state=d_state)),
-        "attention": Attention.Config(n_head=n_head, pattern=Window(size=window), rotary_dim=d_model // n_head // 2 * 2),
+        "attention": Attention.Config(n_head=n_head, pattern=Window(size=window), position=Rotary(d_model // n_head // 2 * 2)),
     }
     model = ModelConfig(
         d_model=d_model,

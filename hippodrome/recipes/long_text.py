@@ -18,6 +18,7 @@ from hippodrome.mixers.linear_attention import LinearAttention
 from hippodrome.model import Mixer
 from hippodrome.part import BadInput
 from hippodrome.patterns import BigBird, Causal, Pattern, Window
+from hippodrome.positions import Rotary
 from hippodrome.recipes._lm import Text, language_model
 from hippodrome.run import RunConfig, TrainConfig
 
@@ -62,7 +63,7 @@ def long_text(
         raise BadInput(f"d_model is {d_model}: rotary positions of {n_head} heads need a multiple of {2 * n_head}")
 
     def attention(pattern: Pattern) -> Mixer.Config:
-        return Attention.Config(n_head=n_head, pattern=pattern, rotary_dim=d_model // n_head)
+        return Attention.Config(n_head=n_head, pattern=pattern, position=Rotary())
 
     mixers: dict[str, Mixer.Config] = {
         "full": attention(Causal()),

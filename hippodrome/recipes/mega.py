@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hippodrome.channels.mlp import Mlp
@@ -16,17 +16,44 @@ from hippodrome.recipes._synthetic import synthetic as _synthetic
 from hippodrome.run import RunConfig, TrainConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Inside a block."""
+
+    d_key: int | None = None
+    """Width of queries and keys; None: d_model / 4."""
+    d_value: int | None = None
+    """Width of values; None: 2 d_model."""
+    d_state: int = 16
+    """Averages of a channel."""
+    function: Literal["softmax", "laplace", "relu2"] = "softmax"
+    """What makes weights of scores."""
+    inner_dropout: float = 0.0
+    """Of attention weights, values and the MLPs' inner channels."""
+
+    def mixer(self, chunk: int | None = None) -> Mega.Config:
+        """Attention over all, or within chunks of so many tokens."""
+        return Mega.Config(
+            chunk=chunk,
+            d_key=self.d_key,
+            d_value=self.d_value,
+            d_state=self.d_state,
+            function=self.function,
+            attention_dropout=self.inner_dropout,
+            hidden_dropout=self.inner_dropout,
+        )
+
+
+UNIT = Unit()
+
+
 def mega(
     *,
     n_layer: int = 4,
     d_model: int = 256,
     d_ff: int | None = None,
-    d_key: int | None = None,
-    d_value: int | None = None,
-    d_state: int = 16,
-    function: Literal["softmax", "laplace", "relu2"] = "softmax",
     dropout: float = 0.0,
-    inner_dropout: float = 0.0,
+    unit: Unit = UNIT,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
@@ -36,22 +63,9 @@ def mega(
         n_layer: Blocks.
         d_model: Width.
         d_ff: Width inside the MLPs; None: 2 d_model.
-        d_key: Width of queries and keys; None: d_model / 4.
-        d_value: Width of values; None: 2 d_model.
-        d_state: Averages of a channel.
-        function: What makes weights of scores.
         dropout: Of the embeddings, the averages and what the blocks add.
-        inner_dropout: Of attention weights, values and the MLPs' inner channels.
     """
-    mixer = Mega.Config(
-        d_key=d_key,
-        d_value=d_value,
-        d_state=d_state,
-        function=function,
-        attention_dropout=inner_dropout,
-        hidden_dropout=inner_dropout,
-    )
-    return _language_model(mixer, text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+    return _language_model(unit.mixer(), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
 def chunked(
@@ -60,12 +74,8 @@ def chunked(
     n_layer: int = 4,
     d_model: int = 256,
     d_ff: int | None = None,
-    d_key: int | None = None,
-    d_value: int | None = None,
-    d_state: int = 16,
-    function: Literal["softmax", "laplace", "relu2"] = "softmax",
     dropout: float = 0.0,
-    inner_dropout: float = 0.0,
+    unit: Unit = UNIT,
     text: Text = SOTU,
     train: TrainConfig = BUDGET,
 ) -> RunConfig:
@@ -76,23 +86,9 @@ def chunked(
         n_layer: Blocks.
         d_model: Width.
         d_ff: Width inside the MLPs; None: 2 d_model.
-        d_key: Width of queries and keys; None: d_model / 4.
-        d_value: Width of values; None: 2 d_model.
-        d_state: Averages of a channel.
-        function: What makes weights of scores.
         dropout: Of the embeddings, the averages and what the blocks add.
-        inner_dropout: Of attention weights, values and the MLPs' inner channels.
     """
-    mixer = Mega.Config(
-        chunk=chunk,
-        d_key=d_key,
-        d_value=d_value,
-        d_state=d_state,
-        function=function,
-        attention_dropout=inner_dropout,
-        hidden_dropout=inner_dropout,
-    )
-    return _language_model(mixer, text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
+    return _language_model(unit.mixer(chunk), text, train, n_layer=n_layer, d_model=d_model, d_ff=d_ff, dropout=dropout)
 
 
 def synthetic(*, language: Language = PAPER) -> RunConfig:

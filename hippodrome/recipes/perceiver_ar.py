@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal
 
 from hippodrome.channels.mlp import Mlp
@@ -16,7 +15,6 @@ from hippodrome.readouts.lm import Lm as LmReadout
 from hippodrome.recipes._lm import BUDGET, Text
 from hippodrome.recipes._mirror_copy import COPY
 from hippodrome.run import RunConfig, TrainConfig
-from hippodrome.tasks.lm import Lm
 from hippodrome.tasks.mirror_copy import MirrorCopy
 
 LONG = Text(length=1024)
@@ -31,6 +29,9 @@ def perceiver_ar(
     latents: int = 256,
     eval_latents: int | None = None,
     stride: int | None = None,
+    latents_per_position: int = 1,
+    cross_after: tuple[int, ...] = (),
+    query_offset: int = 0,
     dropout: float = 0.0,
     text: Text = LONG,
     train: TrainConfig = BUDGET,
@@ -44,13 +45,19 @@ def perceiver_ar(
         n_head: Attention heads.
         latents: Tokens at the end of a row that are latents and targets in training.
         eval_latents: Latents in scoring and generation; None: as in training.
-        stride: New tokens scored a pass; None: half of the latents.
+        stride: New tokens scored a pass; 0: the latents roll and no pass begins anew; None: half of the latents.
+        latents_per_position: Latents of each of these tokens, whose readings are averaged.
+        cross_after: Blocks, counted from 0, behind which the context is read again.
+        query_offset: Tokens that latents turn ahead when they read the context; 1: to the one that they predict.
         dropout: Of the embeddings and of what each block adds.
     """
-    task = Lm.Config(**asdict(text), seed=train.seed)
+    task = text.task(train)
     settings: dict[str, Any] = {
         "eval_latents": eval_latents,
         "stride": stride,
+        "latents_per_position": latents_per_position,
+        "cross_after": cross_after,
+        "query_offset": query_offset,
         "crop": 1,
         "wavelength": float(max(2, text.length)),
     }
@@ -67,6 +74,8 @@ def mirror_copy(
     latents: int | None = None,
     eval_latents: int | None = None,
     stride: int | None = None,
+    latents_per_position: int = 1,
+    cross_after: tuple[int, ...] = (),
     positions: Literal["sines", "rotary"] = "sines",
     rows: int = 200,
     train: TrainConfig = COPY,
@@ -80,13 +89,16 @@ def mirror_copy(
         n_head: Attention heads.
         latents: Tokens at the end of a row that are latents and targets in training; None: half of the row, at most 1024.
         eval_latents: Latents in scoring; None: as in training.
-        stride: New tokens scored a pass; None: half of the latents.
+        stride: New tokens scored a pass; 0: the latents roll and no pass begins anew; None: half of the latents.
+        latents_per_position: Latents of each of these tokens, whose readings are averaged.
+        cross_after: Blocks, counted from 0, behind which the context is read again.
         positions: Fixed sines of the position, as the paper, or rotary.
         rows: Of the test split, and of the valid split.
     """
     task = MirrorCopy.Config(length=length, test_rows=rows, seed=train.seed)
     latents = min(1024, length // 2) if latents is None else latents
     settings: dict[str, Any] = {"eval_latents": eval_latents, "stride": stride, "crop": max(1, length // 2)}
+    settings |= {"latents_per_position": latents_per_position, "cross_after": cross_after}
     settings |= {"wavelength": float(max(2, length)), "rotary": 0.5 if positions == "rotary" else 0.0}
     model = _model(task.vocab_size, n_layer, d_model, None, n_head, latents, 0.0, positions, settings)
     return RunConfig(model=model, task=task, train=train)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
-from hippodrome.positions import Alibi, Position, T5Bias
+from hippodrome.positions import Alibi, Position, Rotary, T5Bias
 from hippodrome.recipes._atomic import PAPER as PAPER_ATOMIC
 from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._atomic import atomic as _atomic
@@ -48,13 +48,12 @@ def transformer(
     """
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
-    added: dict[str, Position] = {"alibi": Alibi(), "t5": T5Bias()}
+    known: dict[str, Position] = {"rotary": Rotary(), "alibi": Alibi(), "t5": T5Bias()}
     attention = Attention.Config(
         n_head=n_head,
         n_kv_head=n_kv_head,
         pattern=attention_pattern(window, chunk),
-        rotary_dim=d_model // n_head if positions == "rotary" else 0,
-        position=added.get(positions),
+        position=known.get(positions),
     )
     learned = positions == "learned"
     return language_model(
@@ -75,7 +74,7 @@ def atomic(*, n_head: int = 4, exercise: Exercise = PAPER_ATOMIC) -> RunConfig:
     """
     if n_head < 1 or exercise.d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {exercise.d_model}")
-    attention = Attention.Config(n_head=n_head, rotary_dim=exercise.d_model // n_head)
+    attention = Attention.Config(n_head=n_head, position=Rotary())
     # The paper's rate for mips is DLR's.
     return _atomic(attention, exercise, lr=1e-4 if exercise.task == "mips" else 1e-3)
 
@@ -103,6 +102,6 @@ def mirror_copy(
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     rotary = positions == "rotary"
-    attention = Attention.Config(n_head=n_head, rotary_dim=d_model // n_head if rotary else 0)
+    attention = Attention.Config(n_head=n_head, position=Rotary() if rotary else None)
     sines = None if rotary else 10000.0
     return _mirror_copy(attention, length=length, n_layer=n_layer, d_model=d_model, rows=rows, train=train, sines=sines)

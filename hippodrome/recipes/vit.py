@@ -6,7 +6,7 @@ Where the paper reads the class token, the default here is the mean over the pat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hippodrome.channels.mlp import Mlp
@@ -14,7 +14,6 @@ from hippodrome.embeds.patches import Patches
 from hippodrome.mixers.attention import Attention
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
-from hippodrome.patterns import Full
 from hippodrome.readouts.pool import Pool
 from hippodrome.recipes._systems import mixer_named
 from hippodrome.run import RunConfig, TrainConfig
@@ -52,7 +51,7 @@ class Frame:
     d_ff: int | None = None
     """Width inside the MLPs; None: four times d_model."""
     n_head: int | None = None
-    """Attention heads."""
+    """Heads of attention, softmax or linear."""
     pool: Literal["mean", "token"] = "mean"
     """What is read out: the mean over the patches, or a class token before them."""
     dropout: float = 0.1
@@ -62,6 +61,23 @@ class Frame:
 
 
 PAPER = Frame()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar:
+    """CIFAR-10 as the recipes read it."""
+
+    data: str = "cifar-10-batches-bin"
+    """The folder with data_batch_1.bin and its like."""
+    patch: int = 4
+    """Side of a patch in pixels."""
+    crop: int = 4
+    """Pixels that a training picture may be moved by."""
+    flip: bool = True
+    """Mirror every other training picture."""
+
+
+CIFAR = Cifar()
 
 
 def fashion(
@@ -91,77 +107,42 @@ def fashion(
 
 
 def tiny(
-    *,
-    data: str = "cifar-10-batches-bin",
-    mixer: Name = "attention",
-    patch: int = 4,
-    crop: int = 4,
-    flip: bool = True,
-    frame: Frame = PAPER,
-    train: TrainConfig = LONG_BUDGET,
+    *, mixer: Name = "attention", pictures: Cifar = CIFAR, frame: Frame = PAPER, train: TrainConfig = LONG_BUDGET
 ) -> RunConfig:
     """ViT-Ti on CIFAR-10: width 192, 12 blocks, 3 heads.
 
     Args:
-        data: The folder with data_batch_1.bin and its like.
         mixer: What moves information between patches.
-        patch: Side of a patch in pixels.
-        crop: Pixels that a training picture may be moved by.
-        flip: Mirror every other training picture.
     """
-    return _cifar(data, mixer, "tiny", patch, crop, flip, frame, train)
+    return _cifar("tiny", mixer, pictures, frame, train)
 
 
 def small(
-    *,
-    data: str = "cifar-10-batches-bin",
-    mixer: Name = "attention",
-    patch: int = 4,
-    crop: int = 4,
-    flip: bool = True,
-    frame: Frame = PAPER,
-    train: TrainConfig = LONG_BUDGET,
+    *, mixer: Name = "attention", pictures: Cifar = CIFAR, frame: Frame = PAPER, train: TrainConfig = LONG_BUDGET
 ) -> RunConfig:
     """ViT-S on CIFAR-10: width 384, 12 blocks, 6 heads.
 
     Args:
-        data: The folder with data_batch_1.bin and its like.
         mixer: What moves information between patches.
-        patch: Side of a patch in pixels.
-        crop: Pixels that a training picture may be moved by.
-        flip: Mirror every other training picture.
     """
-    return _cifar(data, mixer, "small", patch, crop, flip, frame, train)
+    return _cifar("small", mixer, pictures, frame, train)
 
 
 def base(
-    *,
-    data: str = "cifar-10-batches-bin",
-    mixer: Name = "attention",
-    patch: int = 4,
-    crop: int = 4,
-    flip: bool = True,
-    frame: Frame = PAPER,
-    train: TrainConfig = LONG_BUDGET,
+    *, mixer: Name = "attention", pictures: Cifar = CIFAR, frame: Frame = PAPER, train: TrainConfig = LONG_BUDGET
 ) -> RunConfig:
     """ViT-B on CIFAR-10: width 768, 12 blocks, 12 heads.
 
     Args:
-        data: The folder with data_batch_1.bin and its like.
         mixer: What moves information between patches.
-        patch: Side of a patch in pixels.
-        crop: Pixels that a training picture may be moved by.
-        flip: Mirror every other training picture.
     """
-    return _cifar(data, mixer, "base", patch, crop, flip, frame, train)
+    return _cifar("base", mixer, pictures, frame, train)
 
 
-def _cifar(
-    data: str, mixer: Name, size: Size, patch: int, crop: int, flip: bool, frame: Frame, train: TrainConfig
-) -> RunConfig:
+def _cifar(size: Size, mixer: Name, pictures: Cifar, frame: Frame, train: TrainConfig) -> RunConfig:
     token = frame.pool == "token"
-    embed = Patches.Config(height=32, width=32, channels=3, patch=patch, token=token, dropout=frame.dropout)
-    task = Image.Config(data=data, channels=3, crop=crop, flip=flip, holdout=frame.holdout)
+    embed = Patches.Config(height=32, width=32, channels=3, patch=pictures.patch, token=token, dropout=frame.dropout)
+    task = Image.Config(data=pictures.data, channels=3, crop=pictures.crop, flip=pictures.flip, holdout=frame.holdout)
     return _classifier(task, embed, mixer, size, frame, train)
 
 
@@ -186,6 +167,7 @@ def _classifier(
 
 
 def _mixer(name: Name, d_model: int, n_head: int, length: int) -> Mixer.Config:
-    if name == "attention":
-        return Attention.Config(n_head=n_head, pattern=Full(), init="xavier")
-    return mixer_named(name, d_model=d_model, length=length, bidirectional=name not in _ONE_WAY)
+    """The mixer, without rotary positions: those of the patches are learned. Attention starts as in the JAX code."""
+    both_ways = name not in _ONE_WAY
+    config = mixer_named(name, d_model=d_model, length=length, bidirectional=both_ways, n_head=n_head, rotary=False)
+    return replace(config, init="xavier") if isinstance(config, Attention.Config) else config

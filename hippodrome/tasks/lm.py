@@ -3,11 +3,14 @@
     loss = -sum_t log p(x_t | x_<t),    bits per byte = loss / (ln 2 * bytes of the text)
 
 Bits per byte compare models of different vocabularies; perplexity is per token. The end of a document is a target too, and
-counts no bytes. A window knows nothing of what lies before it, unless `order="stream"` and the run carries its state.
+counts no bytes. A window knows nothing of what lies before it, unless the run carries its state and `order` is "stream", where
+documents follow each other in one stretch of text, or "documents", where each row reads a document from its start to its end
+and then takes the next one, its state reset.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,10 @@ from hippodrome.data import prepare
 from hippodrome.files import write_json
 from hippodrome.part import BadInput
 from hippodrome.task import IGNORE, Batch, Split, Task, ordered_rows, shuffled_rows
+from hippodrome.tasks._lanes import SideBySide
 from hippodrome.tokenizer import Kind
+
+Order = Literal["shuffled", "stream", "documents"]
 
 
 class Lm(Task):
@@ -49,8 +55,9 @@ class Lm(Task):
         """What parts the documents of a .txt file; None: a file is one document."""
         field: str = "text"
         """Where .jsonl and .parquet keep a document."""
-        order: Literal["shuffled", "stream"] = "shuffled"
-        """stream: a row continues the same row of the batch before, for runs that carry their state."""
+        order: Order = "shuffled"
+        """For runs that carry their state, a row continues the same row of the batch before. stream: through its own stretch of
+        the text. documents: through one document after the other, each from its start; the last window of each is padded."""
         lanes: int | None = None
         """Rows that stream side by side, over all processes and micro-batches; None: as many as a batch has."""
         seed: int = 0
@@ -81,6 +88,7 @@ class Lm(Task):
         self.vocab_size = self.tokenizer.vocab_size
         self._bytes_of = torch.tensor([len(spelling) for spelling in self.tokenizer.token_bytes])
         self._ids = {split: self.corpus.tokens(split) for split in ("train", "valid", "test")}
+        self._reading: dict[int, SideBySide] = {}
         if (longest := len(self._ids["train"]) - 1) < config.length:
             raise BadInput(
                 f"length is {config.length}, but the training text of {config.text} has {longest + 1} tokens: "
@@ -91,13 +99,16 @@ class Lm(Task):
         """Ids (B, L) and the ids after them (B, L), int64. The last window of valid and test is padded."""
         if split != "train":
             return self._scored(split, ordered_rows(self.size(split), index, size))
-        return self._streamed(index, size) if self.config.order == "stream" else self._shuffled(index, size)
+        read = {"shuffled": self._shuffled, "stream": self._streamed, "documents": self._by_document}
+        return read[self.config.order](index, size)
 
     def size(self, split: Split) -> int:
         """Windows in a split; of train, those of one epoch."""
         targets, length = len(self._ids[split]) - 1, self.config.length
         if split != "train":
             return -(-targets // length)
+        if self.config.order == "documents":
+            return int(self._turns.sum())
         if self.config.order == "stream":
             lanes = self.config.lanes or 1
             return targets // lanes // length * lanes
@@ -154,9 +165,7 @@ class Lm(Task):
 
     def _streamed(self, index: int, size: int) -> Batch:
         """Lane b reads its own stretch of the text from end to end, again and again; groups of lanes take turns."""
-        lanes, length = self.config.lanes or size, self.config.length
-        if lanes % size:
-            raise BadInput(f"{lanes} lanes cannot be shared out in batches of {size} rows: lanes must be a multiple of it")
+        lanes, length = self._lanes(size), self.config.length
         targets = len(self._ids["train"]) - 1
         chunks = targets // lanes // length
         if chunks < 1:
@@ -170,13 +179,52 @@ class Lm(Task):
         windows = self._windows("train", [lane * (targets // lanes) + chunk * length for lane in range(first, first + size)])
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), starts=torch.full((size,), chunk == 0))
 
+    def _by_document(self, index: int, size: int) -> Batch:
+        """Every lane reads a document, then the next one that no lane has begun; groups of lanes take turns."""
+        lanes, length, ends = self._lanes(size), self.config.length, self._ends
+        if lanes not in self._reading:
+            self._reading[lanes] = SideBySide(self._turns.tolist(), lanes, self.config.seed)
+        turn, group = divmod(index, lanes // size)
+        read = [self._reading[lanes].at(lane, turn) for lane in range(group * size, (group + 1) * size)]
+        begin = [int(ends[document]) + chunk * length for document, chunk in read]
+        stop = [min(at + length, int(ends[document + 1])) for at, (document, _) in zip(begin, read, strict=True)]
+        return self._padded("train", begin, stop, torch.tensor([chunk == 0 for _, chunk in read]))
+
+    def _lanes(self, size: int) -> int:
+        """Rows that go on side by side where a batch has `size` of them."""
+        lanes = self.config.lanes or size
+        if lanes % size:
+            raise BadInput(f"{lanes} lanes cannot be shared out in batches of {size} rows: lanes must be a multiple of it")
+        documents = len(self._turns) if self.config.order == "documents" else lanes
+        if lanes > documents:
+            raise BadInput(
+                f"{lanes} lanes need as many documents, the training text of {self.config.text} has {documents}: take batches "
+                f'of at most {documents} rows, order "stream", or a separator that parts a .txt file into documents'
+            )
+        return lanes
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """Where the end-of-document ids of the training text stand: the targets of document d lie behind d up to d + 1."""
+        return np.flatnonzero(self._ids["train"] == self.tokenizer.end)
+
+    @functools.cached_property
+    def _turns(self) -> np.ndarray:
+        """Windows of each training document."""
+        return -(-np.diff(self._ends) // self.config.length)
+
     def _scored(self, split: Split, rows: Tensor) -> Batch:
         """Windows one after the other, so that every id but the first is a target once."""
-        ids, length = self._ids[split], self.config.length
-        pieces = [torch.from_numpy(ids[row * length : (row + 1) * length + 1].astype(np.int64)) for row in rows.tolist()]
-        lengths = torch.tensor([len(piece) - 1 for piece in pieces])
-        inputs = torch.full((len(pieces), length), self.tokenizer.end)
-        targets = torch.full((len(pieces), length), IGNORE)
-        for row, piece in enumerate(pieces):
-            inputs[row, : len(piece) - 1], targets[row, : len(piece) - 1] = piece[:-1], piece[1:]
-        return Batch(inputs, targets, None if (lengths == length).all() else lengths)
+        length, last = self.config.length, len(self._ids[split]) - 1
+        begin = [row * length for row in rows.tolist()]
+        return self._padded(split, begin, [min(at + length, last) for at in begin])
+
+    def _padded(self, split: Split, begin: Sequence[int], stop: Sequence[int], starts: Tensor | None = None) -> Batch:
+        """Windows of the ids begin ... stop - 1, padded at the right to the same length."""
+        ids, shape = self._ids[split], (len(begin), self.config.length)
+        inputs, targets = torch.full(shape, self.tokenizer.end), torch.full(shape, IGNORE)
+        for row, (at, end) in enumerate(zip(begin, stop, strict=True)):
+            piece = torch.from_numpy(ids[at : end + 1].astype(np.int64))
+            inputs[row, : end - at], targets[row, : end - at] = piece[:-1], piece[1:]
+        lengths = torch.tensor(stop) - torch.tensor(begin)
+        return Batch(inputs, targets, None if (lengths == self.config.length).all() else lengths, starts)

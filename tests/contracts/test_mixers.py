@@ -180,6 +180,27 @@ def test_reordering_rows_and_mixing_commute(config):
 
 
 @every(Mixer)
+def test_a_reset_row_has_seen_nothing_and_the_others_go_on(config):
+    mixer, x, g = causal(config), vectors(13), vectors(6, seed=2)
+    anew = rows(False, True, False)
+    _, state = mixer(x[:, :7], mixer.init_state(BATCH))
+    y, state = mixer(x[:, 7:], state.detach().reset(anew, mixer.init_state(BATCH)))
+    whole, alone = mixer(x)[0][:, 7:], mixer(x[:, 7:])[0]
+    assert_close(y, torch.where(anew[:, None, None], alone, whole))
+    # Only the row that starts anew has a gradient to what a mixer learns of its start.
+    (y[1] * g[1]).sum().backward()
+    found = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.requires_grad}
+    mixer.zero_grad()
+    (mixer(x[1:2, 7:])[0][0] * g[1]).sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in mixer.parameters() if p.grad is not None)
+    for name, grad in found.items():
+        assert torch.allclose(grad, mixer.get_parameter(name).grad, atol=1e-4 * largest, rtol=1e-3), name
+    expected = stepped(mixer, torch.cat([x, x[:, :2]], 1), mixer.init_state(BATCH))[0][:, 13:]
+    expected[1] = stepped(mixer, torch.cat([x[1:2, 7:], x[1:2, :2]], 1), mixer.init_state(1))[0][0, 6:]
+    assert_close(stepped(mixer, x[:, :2], state)[0], expected)
+
+
+@every(Mixer)
 def test_prompts_of_different_lengths_prefilled_apart_and_joined(config):
     mixer, x = causal(config), vectors(13)
     prompts = (9, 1, 4)

@@ -115,13 +115,15 @@ def test_half_precision_is_at_most_twice_as_wrong_as_the_plain_formula(kind):
         assert error <= 2 * allowed, name
 
 
-def test_multiplicities_are_counted():
-    case = load("bigbird_hf_attn_custom_table_collisions")
-    pattern = pattern_of(case, 4, 48)
+@pytest.mark.parametrize("kind", SIZES)
+def test_multiplicities_are_counted(kind):
+    case, tile = load(f"bigbird_hf_attn_{kind}"), SIZES[kind]
     expected = case["out.multiplicity"]
-    head, i, j = torch.arange(2)[:, None, None], torch.arange(12)[:, None] * 4, torch.arange(12) * 4
+    heads, n, _ = expected.shape
+    pattern = pattern_of(case, tile, n * tile)
+    head, i, j = torch.arange(heads)[:, None, None], torch.arange(n)[:, None] * tile, torch.arange(n) * tile
     assert torch.equal(pattern.visible(head, i, j) * pattern.count(head, i, j).int(), expected.int())
-    kept = pattern.kept(48, 48, 2, head=1)
+    kept = pattern.kept(n * tile, n * tile, tile // 2, head=1)
     assert len(kept.columns) == 4 * expected[1].sum()
 
 

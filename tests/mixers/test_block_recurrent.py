@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from hippodrome.channels.mlp import Mlp
@@ -11,7 +12,9 @@ from hippodrome.mixers._recurrent_cell import unit
 from hippodrome.mixers._t5_bias import BUCKETS, T5Bias
 from hippodrome.mixers.block_recurrent import BlockRecurrent
 from hippodrome.model import Block, BlockConfig
+from hippodrome.ops.attention import attention, visible
 from hippodrome.part import BadInput
+from hippodrome.patterns import Full, Window
 from tests.golden_files import FOLDER, cases, load, relative_error
 from tests.support import assert_close, build
 
@@ -172,6 +175,23 @@ def test_biases_and_lengths_are_the_authors(name):
     queries, keys = golden["out.bias"].shape[2:]
     distance = keys - queries + torch.arange(queries)[:, None] - torch.arange(keys)
     assert relative_error(bias(distance.clamp(min=0))[None], golden["out.bias"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_attention_is_the_authors(name):
+    """Theirs of one window over the one before it and itself: by the op, with the bias, the scale and without the last key."""
+    golden = load(name)
+    q, k, v = (golden[f"in.{kind}"].transpose(1, 2) for kind in ("queries", "keys", "values"))
+    window, before = q.shape[2], k.shape[2] - q.shape[2]
+    scale = golden["in.scale_factor"].abs()[:, None, None]
+    plain = attention(q * scale, k, v, Full(), scale=1.0)
+    assert relative_error(plain.transpose(1, 2), golden["out.attention_nomask_nobias"]) < 1e-5
+    seen = visible(Window(window), q, k[:, :, :-1])[0, 0]
+    assert torch.equal(F.pad(seen, (0, 1)), golden["out.causal_mask"].bool())
+    assert before in (0, window)
+    bias = (scale * golden["out.bias"][0])[..., :-1]
+    y = attention(q * scale, k[:, :, :-1], v[:, :, :-1], Window(window), bias=bias, scale=1.0)
+    assert relative_error(y.transpose(1, 2), golden["out.attention"]) < 1e-5
 
 
 def test_states_carry_what_no_window_reaches():

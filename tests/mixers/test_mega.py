@@ -13,7 +13,7 @@ from hippodrome.channels.mlp import Mlp
 from hippodrome.cuda_graph import GraphedDecode
 from hippodrome.embeds.tokens import Tokens
 from hippodrome.lti.ema import EMA
-from hippodrome.mixers import _distance
+from hippodrome.mixers import _distance, _slices
 from hippodrome.mixers.mega import Mega
 from hippodrome.model import Block, BlockConfig, ModelConfig
 from hippodrome.part import BadInput
@@ -166,7 +166,7 @@ def test_attention_weights_and_biases_are_the_authors(name):
     mixer, expected = block.mixer, golden["out.attn_weights"]
     size = expected.shape[-1]
     table = mixer.bias.table(size)
-    assert relative_error(_distance.by_distance(table, 0, size, size), golden["out.rel_pos_bias"]) < 2e-5
+    assert relative_error(_slices.by_distance(table, 0, size, size), golden["out.rel_pos_bias"]) < 2e-5
     q, k, lengths = *queries_and_keys(block, batch_first(golden["in.x"]), golden.get("in.lengths")), golden.get("in.lengths")
     chosen = torch.eye(size).repeat(len(q), expected.shape[1], 1)
     weights = mixer._attend_all(q, k, chosen, lengths).unflatten(1, (-1, size))
@@ -280,9 +280,9 @@ def test_slices_of_the_queries_change_nothing(config, monkeypatch):
         return [y, *(parameter.grad for parameter in mixer.parameters())]
 
     whole = answers()
-    monkeypatch.setattr(_distance, "SCORES", 40)
+    monkeypatch.setattr(_slices, "SCORES", 40)
     calls = []
-    monkeypatch.setattr(_distance, "checkpoint", lambda *a, **k: calls.append(a) or torch.utils.checkpoint.checkpoint(*a, **k))
+    monkeypatch.setattr(_slices, "checkpoint", lambda *a, **k: calls.append(a) or torch.utils.checkpoint.checkpoint(*a, **k))
     for found, expected in zip(answers(), whole, strict=True):
         assert_close(found, expected, 1e-4)
     assert len(calls) > 3
@@ -291,7 +291,7 @@ def test_slices_of_the_queries_change_nothing(config, monkeypatch):
 @pytest.mark.parametrize("function", ["softmax", *FUNCTIONS])
 def test_memory_for_the_gradient_is_linear_in_the_length(function, monkeypatch):
     """Numbers kept between forward and backward; all scores at once would be four times as many."""
-    monkeypatch.setattr(_distance, "SCORES", 2**10)
+    monkeypatch.setattr(_slices, "SCORES", 2**10)
     mixer = build(Mega.Config(d_state=2, function=function), 4)
 
     def kept(length):
@@ -301,12 +301,12 @@ def test_memory_for_the_gradient_is_linear_in_the_length(function, monkeypatch):
         return sum(numbers)
 
     assert kept(512) < 2.2 * kept(256)
-    monkeypatch.setattr(_distance, "SCORES", 2**25)
+    monkeypatch.setattr(_slices, "SCORES", 2**25)
     assert kept(512) > 3 * kept(256)
 
 
 def test_slices_computed_anew_drop_the_same_weights(monkeypatch):
-    monkeypatch.setattr(_distance, "SCORES", 40)
+    monkeypatch.setattr(_slices, "SCORES", 40)
     mixer, x = build(Mega.Config(attention_dropout=0.5), 16), torch.randn(2, 20, 16)
 
     def gradient():
@@ -316,7 +316,7 @@ def test_slices_computed_anew_drop_the_same_weights(monkeypatch):
         return mixer.value_proj.weight.grad
 
     anew = gradient()
-    monkeypatch.setattr(_distance, "checkpoint", lambda some, *at, **how: some(*at))
+    monkeypatch.setattr(_slices, "checkpoint", lambda some, *at, **how: some(*at))
     assert_close(anew, gradient())
 
 
@@ -477,7 +477,7 @@ def test_a_layer_that_sees_the_future_takes_no_state():
 @pytest.mark.parametrize("sliced", [False, True])
 def test_on_a_gpu_values_and_gradients_are_the_cpus(config, sliced, monkeypatch):
     if sliced:
-        monkeypatch.setattr(_distance, "SCORES", 2**10)
+        monkeypatch.setattr(_slices, "SCORES", 2**10)
     here = build(config, 32)
     there = build(config, 32).cuda()
     x, g = (torch.randn(3, 75, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))

@@ -8,7 +8,7 @@ import torch
 from hippodrome.channels.mlp import Mlp
 from hippodrome.checkpoint import load, save
 from hippodrome.embeds.tokens import Tokens
-from hippodrome.generation import Sampling, generate, time_generation
+from hippodrome.generation import generate
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
 from hippodrome.mixers.mega import Mega
@@ -18,9 +18,12 @@ from hippodrome.models.encoder_decoder import EncoderDecoder, EncoderDecoderStat
 from hippodrome.parity import parity
 from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.patterns import BigBird, Full
+from hippodrome.positions import Rotary
 from hippodrome.readouts.lm import Lm
 from hippodrome.run import ModelConfig
+from hippodrome.sampling import Sampling
 from hippodrome.task import IGNORE, Batch
+from hippodrome.timing import time_generation
 from tests.support import assert_close, build
 
 START, LONGEST = 9, 64
@@ -28,18 +31,18 @@ START, LONGEST = 9, 64
 
 def bigbird(length=LONGEST, **how):
     pattern = BigBird(tile=4, n_random=1, form="encoder", length=length, **how)
-    return Attention.Config(n_head=2, pattern=pattern, rotary_dim=8)
+    return Attention.Config(n_head=2, pattern=pattern, position=Rotary(8))
 
 
 ENCODERS = {
     "bigbird": bigbird(),
     "bigbird_multiset": bigbird(plan="general", multiset=True),
-    "full": Attention.Config(n_head=2, pattern=Full(), rotary_dim=8),
+    "full": Attention.Config(n_head=2, pattern=Full(), position=Rotary(8)),
     "ssm": SSM.Config(bidirectional=True),
     "mega": Mega.Config(bidirectional=True),
     "causal": H3.Config(head_dim=4),
 }
-DECODERS = {"attention": Attention.Config(n_head=2, rotary_dim=8), "h3": H3.Config(head_dim=4)}
+DECODERS = {"attention": Attention.Config(n_head=2, position=Rotary(8)), "h3": H3.Config(head_dim=4)}
 
 
 def config(encoder="bigbird", decoder="attention", order="pre"):

@@ -361,6 +361,8 @@ def test_long_sequences_fit_memory():
         ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 3])}, "k_offsets ends at 3: a pack of 4"),
         ({"offsets": torch.tensor([0, 4]), "k_offsets": torch.tensor([0, 2, 4])}, "1 documents of queries and 2 of keys"),
         ({"k_offsets": torch.tensor([0, 4])}, "k_offsets without offsets"),
+        ({"k_lengths": torch.tensor([4, 4])}, r"k_lengths is torch.int64 \(2,\): it must be int32 or int64 and \(1,\)"),
+        ({"k_lengths": torch.tensor([4]), "offsets": torch.tensor([0, 4])}, "k_lengths of a pack"),
         ({"q_position": torch.zeros(1, 3, dtype=torch.int64)}, r"must be \(1, 4\)"),
         ({"k_position": torch.zeros(1, 4)}, "must be int64"),
         ({"bias": torch.zeros(3, 4, 4)}, "must broadcast"),
@@ -376,12 +378,14 @@ def test_bad_options_are_one_line(options, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["k", "v", "q_position", "k_position", "offsets", "k_offsets", "bias", "slopes", "seed"])
+@pytest.mark.parametrize(
+    "name", ["k", "v", "q_position", "k_position", "offsets", "k_offsets", "k_lengths", "bias", "slopes", "seed"]
+)
 def test_tensors_on_two_devices_are_one_line(name):
     q, k, v = inputs(4, 4, batch=1)
     places, ends = torch.arange(4)[None], torch.tensor([0, 4])
     given = {"k": k, "v": v, "q_position": places, "k_position": places, "offsets": ends, "k_offsets": ends}
-    given |= {"bias": torch.zeros(4, 4), "slopes": torch.zeros(4), "seed": torch.tensor(0)}
+    given |= {"bias": torch.zeros(4, 4), "slopes": torch.zeros(4), "seed": torch.tensor(0), "k_lengths": torch.tensor([4])}
     given[name] = given[name].to("meta")
     with pytest.raises(BadInput, match=f"^{name} is on meta, q on cpu: all tensors of an attention must be on one device$"):
         attention(q, pattern=Causal(), **given)
@@ -425,6 +429,15 @@ def test_a_mask_of_many_heads_is_left_to_the_reference():
     assert attention.choose(q, q, q, Causal()) == "sdpa"
     with use_backend("sdpa"), pytest.raises(BadInput, match=r"a mask of 48\.0 GiB does not fit memory"):
         attention(q, q, q, Causal(), slopes=slopes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_padding_is_keys_at_negative_positions(backend):
+    q, k, v = inputs(9, 9)
+    lengths = torch.tensor([9, 4])[: len(q)]
+    at = torch.where(torch.arange(9) < lengths[:, None], torch.arange(9), -1)
+    with use_backend(backend):
+        assert_close(attention(q, k, v, Full(), k_lengths=lengths), attention.reference(q, k, v, Full(), k_position=at))
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])

@@ -22,9 +22,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    _tiles.lists.cache_clear()
+    _tiles._cached.clear()
     yield
-    _tiles.lists.cache_clear()
+    _tiles._cached.clear()
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
@@ -87,6 +87,9 @@ OPTIONS = {
     "softcap and slopes": {"softcap": 2.0, "slopes": torch.tensor([0.1, 0.2])},
     "dropout": {"dropout": 0.3, "seed": 5},
     "a negative scale": {"scale": -0.3},
+    "a scale of 0": {"scale": 0.0},
+    "padding": {"k_lengths": torch.tensor([50])},
+    "nothing but padding": {"k_lengths": torch.tensor([0])},
     "pack": {"offsets": torch.tensor([0, 10, 10, 43, 70])},
     "pack with all": {
         "offsets": torch.tensor([0, 10, 10, 43, 70]),
@@ -106,15 +109,55 @@ def test_options_in_the_interpreter(on_cpu, name):
 
 
 @interpreted
-def test_options_on_lists_of_tiles(on_cpu):
+@pytest.mark.parametrize("pattern", [Butterfly(32) & Causal(), BigBird(tile=32)], ids=str)
+def test_options_on_tiles(on_cpu, pattern):
     options = {"with_bias": True, "softcap": 3.0, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 5}
-    assert_same(backend._triton, Butterfly(32) & Causal(), (2, 2, 1, 100, 100, 24), **options)
+    assert_same(backend._triton, pattern, (2, 2, 1, 100, 100, 24), **options)
 
 
 @interpreted
+@pytest.mark.parametrize("pattern", [Butterfly(128) & Causal(), BigBird(tile=128)], ids=str)
 @pytest.mark.parametrize("width", [16, 72])
-def test_a_step_may_be_a_share_of_a_listed_tile(on_cpu, width):
-    assert_same(backend._triton, Butterfly(128) & Causal(), (1, 1, 1, 300, 300, width), torch.float16)
+def test_a_step_may_be_a_share_of_a_tile(on_cpu, pattern, width):
+    assert_same(backend._triton, pattern, (1, 1, 1, 300, 300, width), torch.float16)
+
+
+BUTTERFLIES = [Butterfly(16), Butterfly(16, 2), Butterfly(32) & Causal(), Causal() & Butterfly(64, 0), Butterfly(256)]
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", BUTTERFLIES, ids=str)
+@pytest.mark.parametrize("lengths", [(300, 300), (44, 300)], ids=str)
+def test_a_butterfly_is_computed(on_cpu, monkeypatch, pattern, lengths):
+    monkeypatch.setattr(_tiles, "_lists", None)
+    assert_same(backend._triton, pattern, (1, 2, 1, *lengths, 16), torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", BUTTERFLIES, ids=str)
+def test_a_butterfly_of_a_pack_is_computed(on_cpu, monkeypatch, pattern):
+    monkeypatch.setattr(_tiles, "_lists", None)
+    offsets = torch.tensor([0, 10, 10, 143, 200])
+    assert_same(backend._triton, pattern, (1, 2, 1, 200, 200, 16), offsets=offsets, dropout=0.3, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ahead"), [(Butterfly(24), 0), (Butterfly(16), 8), (Butterfly(16) & Window(9), 0)], ids=str
+)
+def test_a_butterfly_out_of_step_is_listed(pattern, ahead):
+    assert backend._butterfly(pattern, ahead) is None
+
+
+PADDED = [Full(), Window(20, right=5), Butterfly(16), BigBird(tile=16, form="encoder", length=90), Global(5) | Window(9)]
+LENGTHS = torch.tensor([90, 37, 0])
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", PADDED, ids=str)
+def test_padding_is_hidden(on_cpu, pattern):
+    options = {"with_bias": True, "softcap": 3.0, "k_lengths": LENGTHS}
+    assert_same(backend._triton, pattern, (3, 2, 1, 90, 90, 16), **options)
+    assert_same(backend._triton, Prefix(30), (3, 2, 1, 3, 90, 16), k_lengths=LENGTHS.int())
 
 
 @interpreted
@@ -135,11 +178,83 @@ def test_long_rows_are_cut(on_cpu, monkeypatch):
     assert_same(backend._triton, pattern, (1, 2, 1, 250, 250, 16))
 
 
+@pytest.mark.parametrize("pattern", [Strided(7) & Causal(), Global(5) | Window(9), BigBird(tile=16)], ids=str)
+def test_masks_stand_once_and_are_found_in_pieces(monkeypatch, pattern):
+    def found():
+        _tiles._cached.clear()
+        of_q, _, table, triangular = _tiles.lists(pattern, 200, 200, 2, 16, torch.device("cpu"))
+        assert len(table) == len(table.unique(dim=0))
+        return [table[number] for number in of_q.masks if number >= 0] if len(table) else triangular
+
+    at_once = found()
+    monkeypatch.setattr(_tiles, "PAIRS", 3 * 16**2)
+    in_pieces = found()
+    assert at_once is in_pieces is True or all(map(torch.equal, at_once, in_pieces))
+
+
+def test_lists_that_were_not_asked_for_longest_go_first(monkeypatch):
+    _tiles._cached.clear()
+    few, many, last = Butterfly(16, 0), Butterfly(16), Butterfly(16, 1)
+    sizes = [_tiles._bytes(_tiles.lists(p, 512, 512, 1, 16, torch.device("cpu"))) for p in (few, many)]
+    _tiles.lists(few, 512, 512, 1, 16, torch.device("cpu"))
+    monkeypatch.setattr(_tiles, "CACHE", sum(sizes))
+    _tiles.lists(last, 512, 512, 1, 16, torch.device("cpu"))
+    assert [key[0] for key in _tiles._cached] == [few, last]
+
+
+@interpreted
+def test_a_butterfly_compiles(on_cpu):
+    q = torch.randn(1, 2, 64, 16)
+    compiled = torch.compile(lambda q: backend._triton(q, q, q, Butterfly(16) & Causal()), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q), backend._triton(q, q, q, Butterfly(16) & Causal()))
+    reason = torch.compile(lambda q: backend.unfit(q, q, q, Butterfly(16), False, None, None, None, None), fullgraph=True)
+    assert reason(q) is None
+
+
+@interpreted
+def test_a_compiled_call_makes_its_lists_outside_of_the_graph(on_cpu):
+    q = torch.randn(1, 2, 64, 16)
+    compiled = torch.compile(lambda q: 2 * backend._triton(q, q, q, BigBird(tile=16)), backend="aot_eager")
+    assert torch.equal(compiled(q), 2 * backend._triton(q, q, q, BigBird(tile=16)))
+
+
 @interpreted
 def test_a_tile_listed_twice_counts_twice(on_cpu):
     table = (((3, 3), (4, 0), (5, 0), (1, 1)),) * 2
     pattern = BigBird(tile=16, n_random=2, form="encoder", length=90, multiset=True, table=table)
     assert_same(backend._triton, pattern, (1, 2, 1, 90, 90, 16))
+
+
+LISTED_PACKS = [BigBird(tile=16), Strided(7) & Causal(), Butterfly(24)]
+BOTH = {"offsets": torch.tensor([0, 10, 10, 43, 70, 100]), "k_offsets": torch.tensor([0, 26, 26, 59, 59, 105])}
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", [*LISTED_PACKS, Butterfly(16)], ids=str)
+def test_each_document_of_a_pack_has_its_lists(on_cpu, pattern):
+    options = {"with_bias": True, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 2**40 + 7}
+    assert_same(backend._triton, pattern, (1, 2, 1, 100, 100, 16), offsets=BOTH["offsets"], **options)
+    if "BigBird" not in str(pattern):
+        assert_same(backend._triton, pattern, (1, 2, 1, 100, 105, 16), **BOTH, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [*LISTED_PACKS, Butterfly(16)], ids=str)
+def test_listed_packs_on_the_device(pattern):
+    offsets = torch.tensor([0, 1, 1, 700, 2000], device="cuda")
+    assert_same(forced, pattern, (1, 4, 2, 2000, 2000, 64), torch.bfloat16, "cuda", offsets=offsets, dropout=0.3, seed=5)
+
+
+@pytest.mark.gpu
+def test_a_pack_is_read_once():
+    q, offsets = torch.randn(1, 1, 100, 16, device="cuda"), torch.tensor([0, 40, 100], device="cuda")
+    first = forced(q, q, q, Causal(), offsets=offsets)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = forced(q, q, q, Causal(), offsets=offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
 
 
 @interpreted
@@ -152,15 +267,19 @@ def test_flops_are_those_of_kept_tiles(on_cpu):
         backend._triton(q, q, q, Butterfly(16, 1))
     assert dense.get_total_flops() == 4 * 128 * 128 * 16
     assert sparse.get_total_flops() == dense.get_total_flops() // 4
+    for pattern in (Butterfly(16), Butterfly(16) & Causal()):
+        with FlopCounterMode(display=False) as counted:
+            backend._triton(q[:, :, :96], q, q, pattern)
+        assert counted.get_total_flops() == 4 * 16 * 16**2 * len(pattern.kept(96, 128, 16, 32).columns)
 
 
 @pytest.mark.parametrize(
     ("pattern", "options", "reason"),
-    [(Full(), {}, None), (Strided(7), {"offsets": torch.tensor([0, 8])}, "one list"), (Full(), {"placed": True}, "positions")],
+    [(Full(), {}, None), (Strided(7), {"offsets": torch.tensor([0, 8])}, None), (Full(), {"placed": True}, "positions")],
 )
 def test_what_the_kernels_cannot_take(pattern, options, reason):
     q = torch.randn(1, 2, 8, 16)
-    said = backend.unfit(q, q, q, pattern, options.get("placed", False), options.get("offsets"), None, None)
+    said = backend.unfit(q, q, q, pattern, options.get("placed", False), options.get("offsets"), None, None, None)
     assert said is None if reason is None else reason in said
 
 
@@ -169,13 +288,16 @@ def test_dense_calls_are_left_to_torch_unless_they_want_more():
     assert "torch" in backend._yields(q, q, q, Causal())
     assert backend._yields(q, q, q, Causal(), return_lse=True) is None
     assert backend._yields(q, q, q, Butterfly(16)) is None
-    assert "causality" in backend._yields(q, q, q, Butterfly(16) & Causal())
+    assert backend._yields(q, q, q, Butterfly(16) & Causal()) is None
+
+
+CAUSAL_TILES = [BigBird(tile=64), BigBird(tile=32), Butterfly(64) & Causal(), Butterfly(32) & Causal()]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", [BigBird(tile=64), Butterfly(64) & Causal(), Butterfly(32) & Causal()], ids=str)
+@pytest.mark.parametrize("pattern", CAUSAL_TILES, ids=str)
 @pytest.mark.parametrize("width", [64, 128])
-def test_causal_lists_on_a_device(pattern, width):
+def test_causal_tiles_on_a_device(pattern, width):
     assert_same(forced, pattern, (1, 4, 2, 2000, 2000, width), torch.bfloat16, "cuda")
 
 
@@ -210,6 +332,25 @@ def test_lengths_and_widths_on_the_device(length, width):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_on_the_device(name, dtype):
     assert_same(forced, PATTERNS[name], (2, 4, 2, 1000, 1000, 64), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [64, 128])
+def test_butterflies_on_the_device(tile, width, dtype):
+    for pattern in (Butterfly(tile), Butterfly(tile, 2), Butterfly(tile) & Causal()):
+        for n_q in (2000, 2000 - 4 * tile):
+            assert_same(forced, pattern, (1, 4, 2, n_q, 2000, width), dtype, "cuda")
+    offsets = torch.tensor([0, 1, 1, 700, 2000], device="cuda")
+    assert_same(forced, Butterfly(tile) & Causal(), (1, 4, 2, 2000, 2000, width), dtype, "cuda", offsets=offsets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [*PADDED[:3], BigBird(tile=64, form="encoder", length=2000), PADDED[4]], ids=str)
+def test_padding_on_the_device(pattern):
+    lengths = torch.tensor([2000, 1037, 0], device="cuda")
+    assert_same(forced, pattern, (3, 4, 2, 2000, 2000, 64), torch.bfloat16, "cuda", k_lengths=lengths)
 
 
 @pytest.mark.gpu

@@ -15,16 +15,6 @@ LAYOUTS = ("BHL", "HBL", "BLH", "mixed")
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Fresh memory is NaN: what reads what was never written shows it."""
-    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture
 def on_cpu(monkeypatch, poisoned):
     """The leaves take CPU tensors too."""
     for leaf in (backend._fused, _backward.fused_backward):

@@ -5,7 +5,7 @@ import pytest
 from hippodrome.mixers.attention import Attention
 from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Chunk, Window
-from hippodrome.positions import Alibi, T5Bias
+from hippodrome.positions import Alibi, Rotary, T5Bias
 from hippodrome.recipes.h3 import h3
 from hippodrome.recipes.transformer import transformer
 from tests.commands import TINY, run, write_text
@@ -26,7 +26,7 @@ def test_patterns(recipe):
 
 
 def test_positions():
-    for name, position in (("alibi", Alibi()), ("t5", T5Bias()), ("rotary", None), ("learned", None)):
+    for name, position in (("alibi", Alibi()), ("t5", T5Bias()), ("rotary", Rotary()), ("learned", None)):
         assert all(mixer.position == position for mixer in attentions(transformer(positions=name)))
 
 

@@ -3,10 +3,12 @@
 from hippodrome.channels.mlp import Mlp
 from hippodrome.mixers.mega import Mega
 from hippodrome.recipes import find_recipe
+from hippodrome.recipes.mega import Unit
 
 
 def test_mega_chunk_is_mega_with_chunks():
-    full, chunked = (find_recipe(name)(d_model=64, dropout=0.3, inner_dropout=0.1) for name in ("mega", "mega.chunked"))
+    unit = Unit(inner_dropout=0.1)
+    full, chunked = (find_recipe(name)(d_model=64, dropout=0.3, unit=unit) for name in ("mega", "mega.chunked"))
     drops = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
     for config, chunk in ((full, None), (chunked, 64)):
         for block in config.model.blocks:
@@ -17,6 +19,6 @@ def test_mega_chunk_is_mega_with_chunks():
 
 def test_the_flags_reach_the_layers():
     widths = {"d_key": 6, "d_value": 10, "d_state": 3, "function": "laplace"}
-    config = find_recipe("mega.chunked")(chunk=7, n_layer=1, d_ff=5, **widths)
+    config = find_recipe("mega.chunked")(chunk=7, n_layer=1, d_ff=5, unit=Unit(**widths))
     assert config.model.blocks[0].mixer == Mega.Config(chunk=7, **widths)
     assert config.model.blocks[0].channel.d_ff == 5

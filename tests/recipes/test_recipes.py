@@ -21,7 +21,7 @@ LANGUAGE_MODELS = [name for name in recipes() if "text" in inspect.signature(fin
 SYNTHETIC = [name for name in recipes() if "language" in inspect.signature(find_recipe(name)).parameters]
 SIGNALS = [name for name in recipes() if "body" in inspect.signature(find_recipe(name)).parameters]
 ATOMIC = [name for name in recipes() if "exercise" in inspect.signature(find_recipe(name)).parameters]
-SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body", "frame")
+SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "body", "frame", "pictures", "unit")
 """Parameters that are dataclasses: their fields are the flags, each with its own help."""
 VISION = [name for name in recipes() if name.startswith("vit.")]
 CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]

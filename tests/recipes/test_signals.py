@@ -8,6 +8,7 @@ import torch
 from hippodrome.mixers.ssm import SSM
 from hippodrome.part import BadInput, names
 from hippodrome.patterns import Full
+from hippodrome.positions import Rotary
 from hippodrome.recipes._systems import mixer_named
 from hippodrome.recipes.signals import Body, image, waveform
 from tests.commands import run
@@ -43,7 +44,7 @@ def test_any_system_by_name(name):
 def test_systems_know_the_length_and_attention_its_positions():
     assert waveform(length=500, body=Body(system="s4")).model.blocks[0].mixer.system.length == 500
     attention = image(body=Body(system="attention", d_model=64)).model.blocks[0].mixer
-    assert attention.rotary_dim == 64 // attention.n_head
+    assert attention.position == Rotary()
 
 
 def test_both_ways():

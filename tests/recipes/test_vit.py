@@ -55,6 +55,13 @@ def test_sizes_are_the_authors():
         assert count_parameters(model) == own
 
 
+def test_heads_are_of_all_that_have_them_and_positions_of_the_patches_alone():
+    for mixer in ("attention", "linear_attention"):
+        assert tiny(mixer=mixer).model.blocks[0].mixer.n_head == 3
+        assert tiny(mixer=mixer, frame=Frame(n_head=6)).model.blocks[0].mixer.n_head == 6
+    assert tiny().model.blocks[0].mixer.position is None
+
+
 def test_the_start_is_that_of_the_jax_code():
     torch.manual_seed(0)
     model = fashion(size="small", frame=Frame(n_layer=1, pool="token")).model.build()

@@ -111,6 +111,60 @@ def test_streams_go_on_where_the_batch_before_stopped(make, size):
             assert batch.starts[row] == (turn % chunks == 0)
 
 
+@pytest.fixture
+def uneven(tmp_path):
+    """30 documents of 1 to 88 letters, an empty one and one of exactly two windows of 10."""
+    path = tmp_path / "uneven.txt"
+    path.write_text("|".join([chr(97 + n % 26) * (1 + 3 * n) for n in range(30)] + ["", "z" * 19]))
+    return str(path)
+
+
+@pytest.mark.parametrize(("lanes", "size"), [(3, 3), (6, 2), (None, 4)])
+def test_every_lane_reads_whole_documents_one_after_the_other(make, uneven, lanes, size):
+    """Each from its start, marked as such; padding behind its end alone; none twice before all have been begun."""
+    task = make(text=uneven, order="documents", lanes=lanes, length=10, holdout=0.01)
+    documents = [document.tolist() for document in task.whole_texts("train")]
+    groups = (lanes or size) // size
+    read: dict[tuple[int, int], list[list[int]]] = {}
+    begun = []
+    for index in range(groups * 60):
+        batch = task.batch("train", index, size)
+        counts = torch.full((size,), 10) if batch.lengths is None else batch.lengths
+        for row, (count, anew) in enumerate(zip(counts.tolist(), batch.starts.tolist(), strict=True)):
+            lane = read.setdefault((index % groups, row), [])
+            assert anew == (not lane or lane[-1][-1] == task.tokenizer.end)
+            assert (batch.targets[row] != IGNORE).tolist() == [True] * count + [False] * (10 - count)
+            assert batch.inputs[row, 0] == (task.tokenizer.end if anew else lane[-1][-1])
+            assert batch.inputs[row, 1:count].tolist() == batch.targets[row, : count - 1].tolist()
+            if anew:
+                lane.append([task.tokenizer.end])
+                begun.append(lane[-1])
+            lane[-1] += batch.targets[row, :count].tolist()
+            assert count == 10 or lane[-1][-1] == task.tokenizer.end
+    finished = [document for lane in read.values() for document in lane[:-1]]
+    assert all(document in documents for document in finished)
+    epoch = [document for document in begun[: len(documents)] if document in finished]
+    assert len({tuple(document) for document in epoch}) == len(epoch) > 20
+
+
+def test_documents_are_dealt_alike_whatever_was_asked_before(make, uneven):
+    one, other = (make(text=uneven, order="documents", length=10, holdout=0.01) for _ in range(2))
+    later = one.batch("train", 37, 4)
+    for index in (0, 90, 36, 37):
+        again = other.batch("train", index, 4)
+    assert torch.equal(again.inputs, later.inputs)
+    assert torch.equal(again.starts, later.starts)
+    assert torch.equal(one.batch("train", 3, 4).inputs, other.batch("train", 3, 4).inputs)
+    assert one.size("train") == sum(-(-(len(document) - 1) // 10) for document in one.whole_texts("train"))
+
+
+def test_more_lanes_than_documents_are_refused(make):
+    with pytest.raises(
+        BadInput, match=r"97 lanes need as many documents, the training text of .* has 96: take batches of at most"
+    ):
+        make(order="documents").batch("train", 0, 97)
+
+
 def test_lanes_default_to_the_rows_of_a_batch(make):
     one, other = make(order="stream"), make(order="stream", lanes=3)
     assert torch.equal(one.batch("train", 5, 3).inputs, other.batch("train", 5, 3).inputs)

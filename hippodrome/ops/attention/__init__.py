@@ -36,6 +36,7 @@ def attention(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -51,7 +52,7 @@ def attention(
     Positions (B or 1, L) int64: by default key j is at j and the queries are the last ones, query i at Lk - Lq + i. A key at a
     negative position is hidden. `offsets` (D + 1,) int: one row of D documents packed behind one another, of which i holds
     tokens offsets[i]:offsets[i + 1]; they do not see each other and default positions start anew in each. `k_offsets`: the same
-    of the keys where these are not as many.
+    of the keys where these are not as many. `k_lengths` (B,) int: keys of row b from k_lengths[b] on are padding, hidden.
 
     `bias` broadcasts to (B, H, Lq, Lk), -inf hides; `slopes` (H,) float32 take slope x distance off the scores (ALiBi: Press et
     al., 2022); `softcap` bounds the scores before both. `scale` is 1/sqrt(K) by default.
@@ -67,7 +68,7 @@ def attention(
     real = torch.promote_types(q.dtype, torch.float32)
     if dropout and seed is None:
         seed = torch.randint(2**62, (), device=q.device)
-    places = Places.of(q, k, q_position, k_position, offsets, k_offsets)
+    places = Places.of(q, k, q_position, k_position, offsets, k_offsets, k_lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
         _attend, pattern=pattern, places=places, softcap=softcap, scale=scale, dropout=dropout, seed=seed
@@ -105,13 +106,15 @@ class Places:
         k_position: Tensor | None = None,
         offsets: Tensor | None = None,
         k_offsets: Tensor | None = None,
+        k_lengths: Tensor | None = None,
     ) -> Places:
         """Those of a call, defaults filled in."""
         n_q, n_k = q.shape[2], k.shape[2]
         q_index, k_index = (torch.arange(n, device=q.device) for n in (n_q, n_k))
         if offsets is None:
             q_at = q_index[None] + (n_k - n_q) if q_position is None else q_position
-            return cls(q_at, k_index[None] if k_position is None else k_position)
+            k_at = k_index[None] if k_position is None else k_position
+            return cls(q_at, k_at if k_lengths is None else torch.where(k_index < k_lengths[:, None], k_at, -1))
         k_offsets = offsets if k_offsets is None else k_offsets
         # The number of a token's document is how many documents end at or before it: empty ones are skipped.
         q_document, k_document = (
@@ -154,9 +157,10 @@ def visible(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
 ) -> Tensor:
     """The bool mask (1 or B, H or 1, Lq, Lk) of a call; keys at a negative position are hidden from all."""
-    return Places.of(q, k, q_position, k_position, offsets, k_offsets).visible(pattern, q.shape[1])
+    return Places.of(q, k, q_position, k_position, offsets, k_offsets, k_lengths).visible(pattern, q.shape[1])
 
 
 def _attend(

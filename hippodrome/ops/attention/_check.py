@@ -7,11 +7,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hippodrome.part import BadInput
 from hippodrome.patterns import Pattern
 
 _INTEGERS = (torch.int32, torch.int64)
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of offsets on a GPU the version and the values that the host has waited for."""
 
 
 def check(
@@ -24,6 +27,7 @@ def check(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -35,12 +39,14 @@ def check(
     """Raises BadInput unless the call has a meaning."""
     _check_shapes(q, k, v)
     tensors = {"k": k, "v": v, "q_position": q_position, "k_position": k_position, "offsets": offsets, "k_offsets": k_offsets}
+    tensors["k_lengths"] = k_lengths
     for name, t in (tensors | {"bias": bias, "slopes": slopes, "seed": seed}).items():
         if isinstance(t, Tensor) and t.device != q.device:
             raise BadInput(f"{name} is on {t.device}, q on {q.device}: all tensors of an attention must be on one device")
     _check_positions("q_position", q_position, q)
     _check_positions("k_position", k_position, k)
     _check_pack(q, k, offsets, k_offsets)
+    _check_lengths(k, k_lengths, offsets)
     target = (*q.shape[:3], k.shape[2])
     if bias is not None and (bias.ndim > 4 or not _broadcasts(bias, target)):
         raise BadInput(f"the bias is {_sizes(bias)}: it must broadcast to (B, H, Lq, Lk) = {tuple(target)}")
@@ -102,7 +108,7 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
         raise BadInput(f"{name} is {offsets.dtype} {_sizes(offsets)}: it must be int32 or int64 and (documents + 1,)")
     if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # a graph may not wait for values
-    at = offsets.tolist()
+    at = numbers(offsets)
     if at[0] != 0:
         raise BadInput(f"{name} begins with {at[0]}: a pack begins at 0")
     for before, after in itertools.pairwise(at):
@@ -110,6 +116,26 @@ def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
             raise BadInput(f"{name} falls from {before} to {after}: the offsets of a pack ascend")
     if at[-1] != length:
         raise BadInput(f"{name} ends at {at[-1]}: a pack of {length} tokens ends at {length}")
+
+
+def _check_lengths(k: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> None:
+    if lengths is None:
+        return
+    if lengths.shape != k.shape[:1] or lengths.dtype not in _INTEGERS:
+        raise BadInput(f"k_lengths is {lengths.dtype} {_sizes(lengths)}: it must be int32 or int64 and ({k.shape[0]},)")
+    if offsets is not None:
+        raise BadInput("k_lengths of a pack: its documents hold no padding, k_offsets says where the keys of each end")
+
+
+def numbers(offsets: Tensor) -> list[int]:
+    """The values of a pack's offsets; the host waits for a GPU once a tensor, not once a call: all layers share a pack."""
+    if not offsets.is_cuda or offsets.is_inference():
+        return offsets.tolist()
+    version, values = _read.get(offsets, (None, []))
+    if version != offsets._version:
+        values = offsets.tolist()
+        _read[offsets] = offsets._version, values
+    return values
 
 
 def _check_seed(seed: Tensor | int | None) -> None:

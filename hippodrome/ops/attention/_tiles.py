@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,10 +12,21 @@ from torch import Tensor
 
 from hippodrome.patterns import Causal, Pattern
 
+Walk = tuple["Lists", "Lists", Tensor, bool]
+
 LONGEST = 64
 """Tiles that a program walks over at most, unless most rows have more: longer rows are cut into pieces."""
 SIDES = (128, 64, 32, 16)
 """Tiles that the kernels know."""
+CACHE = 1 << 28
+"""Bytes of lists that stay on devices for later calls; what was not asked for longest goes first."""
+PAIRS = 1 << 22
+"""Pairs that are looked at in a piece."""
+
+_cached: OrderedDict[tuple[object, ...], Walk] = OrderedDict()
+_captured: set[tuple[object, ...]] = set()
+"""Lists that a CUDA graph reads, which must never go."""
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,45 +59,83 @@ def _sides(pattern: Pattern) -> Iterator[int]:
             yield from _sides(part)
 
 
-@functools.lru_cache(64)
-def lists(
-    pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device
-) -> tuple[Lists, Lists, Tensor, bool]:
+def lists(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device) -> Walk:
     """Lists over the tiles of queries and over those of keys, and the masks of what is partly visible: int32 (n, tile, words),
     32 keys a word. Also whether partly visible tiles hide what comes after a query and nothing else: then there are no masks.
     """
-    rows, columns, masks, seen, triangular = [], [], [], 0, pattern.causal
-    for head in range(heads if pattern.by_head else 1):
+    key = pattern, n_q, n_k, heads if pattern.by_head else 1, tile, device
+    with _lock:
+        found = _cached.get(key) or _built(*key)
+        _cached[key] = found
+        _cached.move_to_end(key)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.add(key)
+        total = sum(map(_bytes, _cached.values()))
+        for old in list(_cached)[:-1]:
+            if total > CACHE and old not in _captured:
+                total -= _bytes(_cached.pop(old))
+    return found
+
+
+def _bytes(walk: Walk) -> int:
+    return sum(t.nbytes for t in (*walk[0].tensors(), *walk[1].tensors(), walk[2]))
+
+
+def _built(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device) -> Walk:
+    rows, columns, masks = [], [], _Masks(pattern, tile)
+    for head in range(heads):
         kept = pattern.kept(n_q, n_k, tile, n_k - n_q, head)
         i = torch.arange(len(kept.rows) - 1).repeat_interleave(kept.rows.diff().long())
         j = kept.columns.long()
         number = torch.full_like(i, -1)
         partial = ~kept.whole
         if partial.any():
-            q, k = i[partial] * tile + n_k - n_q, j[partial] * tile
-            found = _masks(pattern, q, k, head, tile)
-            triangular = triangular and torch.equal(found, _masks(Causal(), q, k, head, tile))
-            some, number[partial] = torch.unique(found, dim=0, return_inverse=True)
-            number[partial] += seen
-            masks.append(some)
-            seen += len(some)
+            number[partial] = masks.numbers(i[partial] * tile + n_k - n_q, j[partial] * tile, head)
         rows.append((i, j, number))
         columns.append((j, i, number))
-    triangular = triangular and seen > 0
-    table = torch.cat(masks) if masks and not triangular else torch.empty(0, tile, 1, dtype=torch.int32)
+    triangular = masks.triangular and len(masks.known) > 0
+    table = torch.empty(0, tile, 1, dtype=torch.int32) if triangular else masks.table()
     of_q, of_k = _lists(rows, -(-n_q // tile), device), _lists(columns, -(-n_k // tile), device)
     return of_q, of_k, table.to(device), triangular
 
 
-def _masks(pattern: Pattern, q: Tensor, k: Tensor, head: int, tile: int) -> Tensor:
+class _Masks:
+    """The masks of partly visible tiles, each of the different ones once."""
+
+    def __init__(self, pattern: Pattern, tile: int) -> None:
+        self.pattern, self.tile = pattern, tile
+        self.known: dict[tuple[int, ...], int] = {}
+        self.triangular = pattern.causal
+        """So far all hide what comes after a query and nothing else."""
+
+    def numbers(self, q: Tensor, k: Tensor, head: int) -> Tensor:
+        """Of the tiles of queries from q on and keys from k on the numbers of their masks."""
+        back = None
+        if self.pattern.moves:
+            # Distances say all: of many tiles few differ.
+            apart, back = torch.unique(q - k, return_inverse=True)
+            q, k = apart.clamp(min=0), (-apart).clamp(min=0)
+        step, parts = max(1, PAIRS // self.tile**2), []
+        for some_q, some_k in zip(q.split(step), k.split(step), strict=True):
+            words = _words(self.pattern, some_q, some_k, head, self.tile)
+            self.triangular &= torch.equal(words, _words(Causal(), some_q, some_k, head, self.tile))
+            masks, of = torch.unique(words.flatten(1), dim=0, return_inverse=True)
+            named = [self.known.setdefault(tuple(mask), len(self.known)) for mask in masks.tolist()]
+            parts.append(torch.tensor(named)[of])
+        number = torch.cat(parts)
+        return number if back is None else number[back]
+
+    def table(self) -> Tensor:
+        words = max(1, self.tile // 32)
+        return torch.tensor(list(self.known), dtype=torch.int32).view(-1, self.tile, words)
+
+
+def _words(pattern: Pattern, q: Tensor, k: Tensor, head: int, tile: int) -> Tensor:
     """int32 (n, tile, words): what queries from q on see of keys from k on, a bit each."""
-    at, step, parts = torch.arange(tile), max(1, (1 << 20) // tile**2), []
-    for first in range(0, len(q), step):
-        of = slice(first, first + step)
-        seen = pattern.visible(torch.tensor(head), q[of, None, None] + at[:, None], k[of, None, None] + at)
-        words = (seen.long().unflatten(2, (-1, min(tile, 32))) << at[:32]).sum(3)
-        parts.append((words - (words >> 31 << 32)).int())  # the highest bit is a sign
-    return torch.cat(parts)
+    at = torch.arange(tile)
+    seen = pattern.visible(torch.tensor(head), q[:, None, None] + at[:, None], k[:, None, None] + at)
+    words = (seen.long().unflatten(2, (-1, min(tile, 32))) << at[:32]).sum(3)
+    return (words - (words >> 31 << 32)).int()  # the highest bit is a sign
 
 
 def _lists(heads: list[tuple[Tensor, Tensor, Tensor]], n: int, device: torch.device) -> Lists:

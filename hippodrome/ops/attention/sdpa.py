@@ -38,7 +38,7 @@ def _why_not(
     if dropout and seed is not None:
         return "its dropout takes no seed"
     given = {"bias": bias is not None and bias.dtype != q.dtype, "slopes": slopes is not None}
-    given["counts of keys"] = pattern.count(*Places.of(q[:, :, :1], k[:, :, :1]).pairs(1)) is not None
+    given["counts of keys"] = pattern.count_tile is not None
     for name in (name for name, wide in given.items() if wide and q.dtype not in (torch.float32, torch.float64)):
         return f"{name} would be rounded to {q.dtype}"
     size = _mask_bytes(q, k, pattern, bias, slopes, given["counts of keys"], **places)
@@ -62,16 +62,16 @@ def _sdpa(
     **places: Any,
 ) -> Tensor:
     grouped: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
-    at = Places.of(q, k, **places)
-    added = _added(q, at, pattern, bias, slopes)
-    masked = _needs_mask(q, k, pattern, **places)
     if scale is not None and scale <= 0:
         # torch's causal kernels hide scores before they scale them: NaN where the scale is negative or 0.
         q, grouped["scale"] = q * (-1 if scale < 0 else 0), -scale or 1.0
-    if added is None and not masked:
-        # A single query is the last: it sees every key.
+    plain = bias is None and slopes is None and pattern.count_tile is None
+    if plain and not _needs_mask(q, k, pattern, **places):
+        # No positions are made here: on a GPU each would be a kernel. A single query is the last: it sees every key.
         square = type(pattern) is Causal and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=square, **grouped)
+    at = Places.of(q, k, **places)
+    added = _added(q, at, pattern, bias, slopes)
     mask = at.visible(pattern, q.shape[1])
     if bias is not None:
         mask = mask & (bias > -torch.inf)

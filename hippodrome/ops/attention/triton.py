@@ -1,18 +1,21 @@
-"""attention on the GPU: tiles, an online softmax, and a backward that makes the weights again. See `_kernels.py`."""
+"""attention on the GPU: tiles, an online softmax, and a backward that makes the weights again. See `_forward.py`."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.attention import _tiles, attention
-from hippodrome.patterns import Causal, Chunk, Full, Pattern, Prefix, Window
+from hippodrome.ops.attention._check import numbers as read
+from hippodrome.patterns import And, Butterfly, Causal, Chunk, Full, Pattern, Prefix, Window
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CAPABILITY = (8, 0)
@@ -22,7 +25,9 @@ WIDEST_FLOAT32 = 128
 """Wider ones need more shared memory than there is."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Prefix: 4}
-"""The patterns that the kernels compute as intervals: `_kernels.FULL`, ...; any other is a list of tiles."""
+"""The patterns that the kernels compute as intervals: `_walk.FULL`, ..."""
+BUTTERFLY, CAUSAL_BUTTERFLY = 5, 6
+"""Those that they compute from the numbers of tiles; any other is a list of tiles."""
 PROGRAMS = 264
 """Programs from which on a GPU is busy: below, the keys of few queries are cut into pieces."""
 PIECE = 512
@@ -31,7 +36,7 @@ FEW = 16
 """Queries up to which that is done."""
 NARROW = 256
 """Windows and chunks up to this are walked in tiles of 64, which waste less on their edges."""
-BLOCKS = {64: ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
@@ -44,7 +49,7 @@ class Call:
     a: int
     r: int
     tile: int
-    """0: an interval."""
+    """The side of a program's own tiles, of a butterfly or in lists; 0: an interval."""
     slots_q: int
     slots_k: int
     scale: float
@@ -64,6 +69,7 @@ def _why_not(
     q_position: Tensor | None = None,
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     **_: object,
@@ -74,12 +80,12 @@ def _why_not(
         return "triton is not installed"
     if capability(q.device) < CAPABILITY:
         return f"compute capability {capability(q.device)} is under {CAPABILITY}"
-    return unfit(q, k, v, pattern, q_position is not None or k_position is not None, offsets, bias, slopes)
+    return unfit(q, k, v, pattern, q_position is not None or k_position is not None, offsets, k_offsets, bias, slopes)
 
 
 def unfit(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, bias: Tensor | None,
-    slopes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, placed: bool, offsets: Tensor | None, k_offsets: Tensor | None,
+    bias: Tensor | None, slopes: Tensor | None,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take a call, whatever the device."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
@@ -98,13 +104,32 @@ def unfit(
         return "the bias is torch.float64, and scores are float32"
     if slopes is not None and slopes.requires_grad:
         return "slopes want a gradient"
-    if type(pattern) in CODES:
+    if _at_once(q, k, pattern, k_offsets):
         return None
-    if offsets is not None:
-        return f"a pack under {pattern}, which it walks by one list of tiles"
+    if offsets is not None and (torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())):
+        return f"a pack under {pattern}, of which it walks one document after another: a graph cannot know their lengths"
     if bias is not None and bias.requires_grad and pattern.count_tile is not None:
         return "a key that counts twice gives the bias two gradients"
+    if offsets is not None and k_offsets is not None and pattern.count_tile is not None:
+        return f"a pack with k_offsets under {pattern}, in which keys count unevenly"
     return _no_list(pattern, k.shape[2] - q.shape[2])
+
+
+def _at_once(q: Tensor, k: Tensor, pattern: Pattern, k_offsets: Tensor | None) -> bool:
+    """Whether the kernels compute a pattern's tiles, of all documents of a pack too."""
+    return type(pattern) in CODES or (k_offsets is None and _butterfly(pattern, k.shape[2] - q.shape[2]) is not None)
+
+
+def _butterfly(pattern: Pattern, ahead: int) -> tuple[int, int, int] | None:
+    """Code, tile and powers of two of a flat butterfly whose tiles are those of queries `ahead` of their indices; else None."""
+    parts = pattern.parts if isinstance(pattern, And) else (pattern,)
+    flat = [part for part in parts if isinstance(part, Butterfly)]
+    if len(flat) != 1 or any(not isinstance(part, Butterfly | Causal) for part in parts):
+        return None
+    tile, most = flat[0].tile, 30 if flat[0].n_factors is None else min(flat[0].n_factors, 30)
+    if tile < _tiles.SIDES[-1] or tile & (tile - 1) or ahead < 0 or ahead % tile:
+        return None
+    return CAUSAL_BUTTERFLY if len(parts) > 1 else BUTTERFLY, tile, 2**most - 1
 
 
 def _no_list(pattern: Pattern, q_start: int) -> str | None:
@@ -121,6 +146,7 @@ def _yields(
     pattern: Pattern,
     *,
     offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -129,12 +155,8 @@ def _yields(
     return_lse: bool = False,
     **_: object,
 ) -> str | None:
-    """Calls that torch's kernels take without a mask: those are taken for faster until measured otherwise. And those whose
-    results on a device have not been right yet.
-    """
-    if type(pattern) not in CODES and pattern.causal:
-        return "lists of tiles under causality were wrong on a device in tiles of 64 and are not verified since: ask by name"
-    wants = [bias, slopes, softcap, offsets, seed if dropout else None]
+    """Calls that torch's kernels take without a mask: those are faster, as docs/performance.md has it."""
+    wants = [bias, slopes, softcap, offsets, k_lengths, seed if dropout else None]
     plain = all(want is None for want in wants) and not return_lse and not torch.are_deterministic_algorithms_enabled()
     square = isinstance(pattern, Causal) and q.shape[2] == k.shape[2]
     if plain and (isinstance(pattern, Full) or square):
@@ -153,6 +175,7 @@ def _triton(
     k_position: Tensor | None = None,
     offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
+    k_lengths: Tensor | None = None,
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -164,31 +187,68 @@ def _triton(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if scale < 0:  # the running maximum is taken before scaling
         q, scale = -q, -scale
-    call, lists = _walks(q, k, pattern)
-    call = replace(call, scale=scale, cap=softcap or 0.0, drop=dropout)
+    counters = None
     if dropout:
         seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.as_tensor(seed, device=q.device)
+        counters = F.pad(seed.view(1), (0, 2))
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-    if offsets is not None:
-        k_offsets = offsets if k_offsets is None else k_offsets
-    q, k, v = (_lines(t) for t in (q, k, v))
-    y, lse = torch.ops.hippodrome.attention_fused(
-        q, k, v, bias, None if slopes is None else slopes.float(), seed if dropout else None, offsets, k_offsets, lists,
-        *call.numbers(),
-    )  # fmt: skip
+    slopes = None if slopes is None else slopes.float()
+    numbers = scale, softcap or 0.0, dropout
+    ends = offsets if k_offsets is None else k_offsets
+    if offsets is None or ends is None or _at_once(q, k, pattern, k_offsets):
+        y, lse = _launched(q, k, v, pattern, bias, slopes, counters, offsets, ends, k_lengths, numbers)
+    else:
+        y, lse = _each_document(q, k, v, pattern, bias, slopes, counters, offsets, ends, numbers)
     return (y, lse) if return_lse else y
 
 
-def _walks(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Call, list[Tensor]]:
-    """How the kernels find their tiles: as an interval, or by lists."""
+def _launched(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counters: Tensor | None,
+    offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None, numbers: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`counters`: of dropout, the seed and the numbers of the first query and key. `numbers`: scale, softcap and dropout."""
+    call, lists = _walks(q, k, pattern, numbers)
+    q, k, v = (_lines(t) for t in (q, k, v))
+    given = q, k, v, bias, slopes, counters, offsets, k_offsets, k_lengths, lists
+    return torch.ops.hippodrome.attention_fused(*given, *call.numbers())
+
+
+def _each_document(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, slopes: Tensor | None, counters: Tensor | None,
+    offsets: Tensor, k_offsets: Tensor, numbers: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A pack whose documents have lists of their own, one after another."""
+    at, k_at = read(offsets), read(k_offsets)
+    sizes, k_sizes = ([b - a for a, b in itertools.pairwise(ends)] for ends in (at, k_at))
+    # Pieces of one split: their gradients are put together once.
+    keys, values = k.split(k_sizes, 2), v.split(k_sizes, 2)
+    biases = None if bias is None else bias.split(sizes, 2)
+    found = []
+    for i, some in enumerate(q.split(sizes, 2)):
+        if not sizes[i] or not k_sizes[i]:
+            found.append((torch.zeros_like(some), some.new_full(some.shape[:3], -torch.inf, dtype=torch.float32)))
+            continue
+        own_bias = None if biases is None else biases[i][..., k_at[i] : k_at[i + 1]]
+        own = None if counters is None else torch.stack((counters[0], offsets[i].long(), k_offsets[i].long()))
+        found.append(_launched(some, keys[i], values[i], pattern, own_bias, slopes, own, None, None, None, numbers))
+    return torch.cat([y for y, _ in found], 2), torch.cat([lse for _, lse in found], 2)
+
+
+def _walks(q: Tensor, k: Tensor, pattern: Pattern, numbers: tuple[float, float, float]) -> tuple[Call, list[Tensor]]:
+    """How the kernels find their tiles: as an interval, as a butterfly, or by lists."""
     code = CODES.get(type(pattern))
     if code is not None:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
-        return Call(code, size, right, 0, 0, 0, 1.0, 0.0, 0.0), []
+        return Call(code, size, right, 0, 0, 0, *numbers), []
     tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
-    of_q, of_k, table, triangular = _tiles.lists(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
-    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, 1.0, 0.0, 0.0), [
+    found = _butterfly(pattern, k.shape[2] - q.shape[2])
+    if found is not None:
+        return Call(*found, tile, 0, 0, *numbers), []
+    # Not a decorator there: that imports the compiler.
+    listed = torch.compiler.disable(_tiles.lists) if torch.compiler.is_compiling() else _tiles.lists
+    of_q, of_k, table, triangular = listed(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
+    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, *numbers), [
         *of_q.tensors(),
         *of_k.tensors(),
         table,
@@ -206,11 +266,11 @@ def _lines(t: Tensor) -> Tensor:
 @on_its_device
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None,
-    k_offsets: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
-    scale: float, cap: float, drop: float,
+    k_offsets: Tensor | None, k_lengths: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int,
+    slots_k: int, scale: float, cap: float, drop: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs like q and log-sum-exps (B, H, Lq)."""
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _forward as kernels
 
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     y, lse = _outputs(q)
@@ -219,12 +279,12 @@ def _fused(
     split, slots, joins = _split(q, k, M, call, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
-    plan, grid = _plan(0, M, q, n_q, offsets, lists, tile)
+    plan, grid = _plan(0, M, q, n_q, offsets, lists)
     kernels.forward[grid, batch * heads, split](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
         *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
-        **_flags(call, bias, slopes, offsets, lists), **ways,
+        **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
     )  # fmt: skip
     if slots:
         kernels.merge[joins.shape[1], batch * heads](
@@ -266,16 +326,16 @@ def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, i
 
 
 def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages where tiles of T are listed: T of a program's own side, about 64 of the other."""
-    other, warps, stages = 64, 8 if T == 128 else 4, 3 if T < 128 and D <= 64 else 2
-    if T == 128 and (role == 0 or (role == 1 and D <= 64)):
-        other = 128
-    if role == 2 and T >= 64 and D > 64:
+    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, about 64 of the other."""
+    other, warps, stages = 64, 4, 3 if D <= 64 else 2
+    if T == 128:
+        warps, stages = 4 if role == 0 and D <= 64 else 8, 3
+        if role == 2:
+            other, warps, stages = (32, 4, 2) if D <= 64 else (64, 8, 2)
+    elif role == 2 and T == 64 and D > 64:
         other, warps = 32, 8
     if wide or D > 128:
-        other = 32 if wide or role else 64
-    if wide:
-        stages = 1
+        other, warps, stages = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2
     return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
 
 
@@ -284,7 +344,7 @@ def _split(
 ) -> tuple[int, int, Tensor]:  # fmt: skip
     """Pieces of the keys, slots for them, and which of them make a tile."""
     if call.tile:
-        return 1, call.slots_q, lists[3]
+        return 1, call.slots_q, lists[3] if lists else q
     n_q, rows, tiles = q.shape[2], q.shape[0] * q.shape[1], -(-q.shape[2] // M)
     pieces = 1 if n_q > FEW or offsets is not None else min(PROGRAMS // (rows * tiles), k.shape[2] // PIECE)
     if pieces < 2:
@@ -293,11 +353,9 @@ def _split(
     return pieces, tiles * pieces, torch.stack((at, at * pieces, (at + 1) * pieces), 1)[None]
 
 
-def _plan(
-    role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor], tile: int
-) -> tuple[Tensor, int]:
+def _plan(role: int, size: int, q: Tensor, n: int, offsets: Tensor | None, lists: list[Tensor]) -> tuple[Tensor, int]:
     """What tells programs where they are, and how many there are."""
-    if tile:
+    if lists:
         plan = lists[4 if role == 2 else 0]
         return plan, plan.shape[1]
     if offsets is None:
@@ -325,8 +383,8 @@ def _asides(q: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor 
     return tuple(q if t is None else t for t in (bias, slopes, seed))
 
 
-def _pair(offsets: Tensor | None, k_offsets: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
-    return (other, other) if offsets is None or k_offsets is None else (offsets, k_offsets)
+def _ends(other: Tensor, *ends: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(other if t is None else t for t in ends)
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
@@ -334,18 +392,25 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
 
 
 def _flags(
-    call: Call, bias: Tensor | None, slopes: Tensor | None, offsets: Tensor | None, lists: list[Tensor]
+    call: Call,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    offsets: Tensor | None,
+    k_lengths: Tensor | None,
+    lists: list[Tensor],
 ) -> dict[str, Any]:
     return {
         "CODE": call.code,
-        "LIST": call.tile > 0,
-        "TABLE": call.tile > 0 and len(lists[8]) > 0,
+        "LIST": bool(lists),
+        "XOR": call.code in (BUTTERFLY, CAUSAL_BUTTERFLY),
+        "TABLE": bool(lists) and len(lists[8]) > 0,
         "BIAS": bias is not None,
         "SLOPES": slopes is not None,
         "CAP": call.cap > 0,
         "DROP": call.drop > 0,
         "PACKED": offsets is not None,
-        "PER_HEAD": call.tile > 0 and lists[0].shape[0] > 1,
+        "PADDED": k_lengths is not None,
+        "PER_HEAD": bool(lists) and lists[0].shape[0] > 1,
     }
 
 
@@ -359,11 +424,12 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 @on_its_device
 def _fused_backward(
     d_y: Tensor, d_lse: Tensor | None, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, lists: list[Tensor],
-    code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int, scale: float, cap: float, drop: float, of_bias: bool,
+    slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None,
+    lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
+    scale: float, cap: float, drop: float, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _backward as kernels
 
     call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
     batch, heads, n_q, width = q.shape
@@ -371,15 +437,15 @@ def _fused_backward(
     d_q, d_k, d_v, d_bias = _gradients(q, k, bias, of_bias)
     d_bias.zero_()
     delta = torch.empty_like(lse)
-    flags = _flags(call, bias, slopes, offsets, lists)
+    flags = _flags(call, bias, slopes, offsets, k_lengths, lists)
     D, M, N, ways = _layout(1, q, bias is not None, call)
     kernels.dot_products[-(-n_q // 64), rows](
         y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
     )
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
-    plan, grid = _plan(1, M, q, n_q, offsets, lists, tile)
+    plan, grid = _plan(1, M, q, n_q, offsets, lists)
     kernels.gradient_q[grid, rows](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
     )  # fmt: skip
@@ -390,9 +456,9 @@ def _fused_backward(
     many = k.shape[1] if together else heads
     to_k, to_v = (d_k, d_v) if together else (k.new_empty(batch, heads, n_k, width, dtype=torch.float32) for _ in "kv")
     part = q.new_empty(batch * many * slots_k * 2, N, D, dtype=torch.float32)
-    plan, grid = _plan(2, N, q, n_k, k_offsets, lists, tile)
+    plan, grid = _plan(2, N, q, n_k, k_offsets, lists)
     kernels.gradient_kv[grid, batch * many](
-        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_pair(offsets, k_offsets, plan),
+        q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
     )  # fmt: skip
@@ -407,7 +473,7 @@ def _fused_backward(
 def _total(
     joins: Tensor, part: Tensor, out: Tensor, heads: int, n: int, slots: int, stride: int, offset: int, D: int, M: int
 ) -> None:
-    from hippodrome.ops.attention import _kernels as kernels
+    from hippodrome.ops.attention import _backward as kernels
 
     kernels.total[joins.shape[1], out.shape[0] * heads](
         joins, part, out, heads, n, out.shape[3], joins.shape[1], slots, stride, offset, *_strides(out), D=D, M=M,
@@ -426,22 +492,22 @@ def _(d_y: Any, d_lse: Any, y: Any, lse: Any, q: Tensor, k: Tensor, v: Any, bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, lists = inputs[:9]
-    ctx.numbers = inputs[9:]
+    *tensors, lists = inputs[:10]
+    ctx.numbers = inputs[10:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors, *lists)
 
 
 def _grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
     y, lse, *rest = ctx.saved_tensors
-    tensors, lists = rest[:8], rest[8:]
+    tensors, lists = rest[:9], rest[9:]
     bias = tensors[3]
     of_bias = bias is not None and ctx.needs_input_grad[3]
     d_y = torch.zeros_like(y) if d_y is None else _lines(d_y)
     d_lse = None if d_lse is None else d_lse.contiguous()
     *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, lists, *ctx.numbers, of_bias)
     none = [None] * len(lists)
-    return *grads, d_bias.to(bias.dtype) if of_bias else None, None, None, None, None, none, *[None] * len(ctx.numbers)
+    return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * 5, none, *[None] * len(ctx.numbers)
 
 
 _fused.register_autograd(_grad, setup_context=_save)
@@ -450,7 +516,9 @@ _fused.register_autograd(_grad, setup_context=_save)
 def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, tile: int) -> int:
     """Pairs of a query and a key that are worked on: those of kept tiles, or within an interval's triangle or band."""
     rows, n_q, n_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    if tile:
+    if code in (BUTTERFLY, CAUSAL_BUTTERFLY):
+        return rows * a * a * _butterfly_tiles((n_k - n_q) // a, -(-n_k // a), r, code == CAUSAL_BUTTERFLY)
+    if lists:
         heads = lists[0].shape[0]
         return q.shape[0] * lists[1].shape[0] * tile * tile * (1 if heads > 1 else q.shape[1])
     triangle = n_q * n_k - n_q * (n_q - 1) // 2 if n_k >= n_q else n_k * (n_k + 1) // 2
@@ -460,7 +528,13 @@ def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, ti
     return rows * min(bound, triangle if not r else n_q * n_k)
 
 
-def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
+def _butterfly_tiles(first: int, n: int, powers: int, causal: bool) -> int:
+    """Tiles that rows first, ..., n - 1 of a flat butterfly keep."""
+    bits = [1 << s for s in range(n.bit_length()) if powers >> s & 1]
+    return sum(1 + sum((i ^ bit) < (i if causal else n) for bit in bits) for i in range(first, n))
+
+
+def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
     """Two products, two a multiply-add. Packs are counted as if one document."""
     return 4 * q.shape[3] * _pairs(q, k, lists, code, a, r, tile)
 
