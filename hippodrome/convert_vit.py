@@ -322,6 +322,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not packed:
             return {name: tensor.float() for name, tensor in load_file(path).items()}
         with np.load(path, allow_pickle=False) as arrays:
+            if any(name.endswith(".pkl") for name in arrays.files):
+                raise ValueError("it holds a pickle, as torch.save writes it, and none is loaded: save it as .safetensors")
             return {name: torch.from_numpy(np.asarray(arrays[name], dtype=np.float32).copy()) for name in arrays.files}
     except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, KeyError, EOFError, OSError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -343,11 +345,10 @@ def _from_timm(weights: Weights, n_head: int | None) -> dict[str, Tensor]:
         possible = ", ".join(str(n) for n in range(1, d_model + 1) if d_model % n == 0)
         raise BadInput(f"{said}: give --n-head, which timm's files do not hold, one of {possible}")
     plain = {"cls_token": "cls", "pos_embed": _POSITIONS, "patch_embed.proj.bias": "embedding/bias"}
-    modules = {"norm": "Transformer/encoder_norm", "fc_norm": "Transformer/encoder_norm", "head": "head"}
-    modules |= {"pre_logits.fc": "pre_logits"}
+    modules = {"norm": "Transformer/encoder_norm", "head": "head", "pre_logits.fc": "pre_logits"}
     inner = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1", "mlp.fc1": f"{_MLP}/Dense_0", "mlp.fc2": f"{_MLP}/Dense_1"}
-    if "fc_norm.weight" in weights and ("cls_token" in weights or "norm.weight" in weights):
-        raise BadInput("fc_norm beside a class token or a norm: a mean over patches is read only where there is neither")
+    if "fc_norm.weight" in weights:
+        raise BadInput("fc_norm is a norm after the mean over the patches: only models that norm before it are read")
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")

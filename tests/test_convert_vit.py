@@ -45,9 +45,8 @@ def as_timm(weights):
     out["pos_embed"] = weights["Transformer/posembed_input/pos_embedding"]
     if "cls" in weights:
         out["cls_token"] = weights["cls"]
-    final = "norm" if "cls" in weights else "fc_norm"
-    for ours, at in ((final, "Transformer/encoder_norm"),):
-        out |= {f"{ours}.weight": weights[f"{at}/scale"], f"{ours}.bias": weights[f"{at}/bias"]}
+    at = "Transformer/encoder_norm"
+    out |= {"norm.weight": weights[f"{at}/scale"], "norm.bias": weights[f"{at}/bias"]}
     for ours, at in (("head", "head"), ("pre_logits.fc", "pre_logits")):
         if f"{at}/kernel" in weights:
             out |= {f"{ours}.weight": weights[f"{at}/kernel"].T, f"{ours}.bias": weights[f"{at}/bias"]}
@@ -148,6 +147,8 @@ def without(weights, *names):
         (as_timm, {}, "width 24 is no published size: give --n-head"),
         (as_timm, {"n_head": 5}, "--n-head is 5: .* one of 1, 2, 3"),
         (lambda w: as_timm(w) | {"blocks.0.ls1.gamma": torch.ones(24)}, {"n_head": 3}, "blocks.0.ls1.gamma"),
+        # timm's fc_norm norms the mean, and the authors' code means what is normed: other numbers.
+        (lambda w: as_timm(w) | {"fc_norm.weight": torch.ones(24)}, {"n_head": 3}, "norm after the mean over the patches"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path, change, options, message):
@@ -170,6 +171,9 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
     np.savez(tmp_path / "objects.npz", **{"embedding/kernel": np.array([{}], dtype=object)})
     with pytest.raises(BadInput, match=r"no whole \.npz or \.safetensors of numbers: Object arrays"):
         convert_vit(tmp_path / "objects.npz", tmp_path / "out")
+    torch.save({"embedding/kernel": torch.zeros(3)}, tmp_path / "torch.pth")
+    with pytest.raises(BadInput, match=r"it holds a pickle, .* save it as \.safetensors"):
+        convert_vit(tmp_path / "torch.pth", tmp_path / "out")
     whole = write_npz(tmp_path / "whole.npz", weights_of("vit_tiny_token")).read_bytes()
     for name, data in {"half.npz": whole[: len(whole) // 2], "noise": b"noise" * 9, "empty": b""}.items():
         (tmp_path / name).write_bytes(data)

@@ -20,6 +20,21 @@ from hippodrome.patterns import (
     spelled,
 )
 
+HUGE = [
+    (Window, {"size": 1 << 31}),
+    (Window, {"right": 1 << 31}),
+    (Global, {"size": 1 << 31}),
+    (Prefix, {"size": 1 << 31}),
+    (Chunk, {"size": 1 << 31}),
+    (Strided, {"stride": 1 << 31}),
+    (Documents, {"lengths": (1, 1 << 31)}),
+    (Butterfly, {"tile": 1 << 31}),
+    (Random, {"length": 1 << 31}),
+    (BigBird, {"tile": 1 << 31}),
+    (BigBird, {"form": "encoder", "length": 1 << 31}),
+]
+"""Of every pattern with a size, one that is too large."""
+
 
 def drawn(mask):
     return ["".join("x" if cell else "." for cell in row) for row in mask.tolist()]
@@ -184,3 +199,41 @@ def test_random_tiles_of_a_length_look_both_ways_however_short_it_is():
 def test_a_spelling_that_no_literal_is_is_refused():
     with pytest.raises(BadInput, match="cannot be read"):
         spelled("window(size={[1]})")
+
+
+@pytest.mark.parametrize(("kind", "fields"), HUGE)
+def test_sizes_that_do_not_fit_32_bits_are_refused(kind, fields):
+    with pytest.raises(BadInput, match=r"is 2147483648: it must be at most 1073741824") as raised:
+        kind(**fields)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_largest_sizes_work():
+    largest = 1 << 30
+    for pattern in (Window(largest, largest), Global(largest), Prefix(largest), Chunk(largest), Strided(largest)):
+        assert pattern.kept(40, 40, 16).rows[-1] >= 3
+    assert BigBird(tile=largest).mask(9, 9).equal(Causal().mask(9, 9))
+
+
+def test_what_a_bigbird_of_the_authors_cannot_draw_is_refused():
+    with pytest.raises(BadInput, match="takes from 0 to 4294967295"):
+        BigBird(form="encoder", plan="general", length=1024, seed=-1)
+    with pytest.raises(BadInput, match="n_head must be at least 1"):
+        BigBird(form="encoder", plan="general", length=1024, n_head=0)
+    with pytest.raises(BadInput, match="names tile 4: they count from 0 to 3"):
+        BigBird(tile=4, form="encoder", length=16, table=(((1,), (4,)),))
+    with pytest.raises(BadInput, match="names tile -1: they count from 0"):
+        BigBird(tile=4, form="encoder", table=(((1,), (-1,)),))
+
+
+def test_the_heads_of_a_given_table_differ_whatever_n_random_says():
+    """Block-sparse kernels make one list for all heads of a pattern that is not by_head."""
+    table = (((1,), (2,)), ((2,), (1,)))
+    assert BigBird(tile=4, form="encoder", length=16, n_random=0, table=table).by_head
+    assert not BigBird(tile=4, form="encoder", length=16, table=table[:1]).by_head
+
+
+def test_a_spelling_without_end_is_refused():
+    for text in ("&".join(["causal"] * 5000), "(" * 500 + "causal" + ")" * 500):
+        with pytest.raises(BadInput):
+            spelled(text)

@@ -337,14 +337,19 @@ def checked(subject: str, ways: Sequence[str], known: Sequence[str]) -> None:
             raise BadInput(f"{subject} has no way called {word!r}: {nearest(word, known)}")
 
 
+_LEAST = 16 << 20
+"""Bytes that a process must grow by for it to mean anything: smaller calls are served from pages that it holds already."""
+
+
 def _peak_of_process(call: Callable[[], object]) -> int | None:
-    """By the high-water mark of the process, which Linux lets it lower."""
+    """By the high-water mark of the process, which Linux lets it lower; None where it hardly grows."""
     status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _kilobytes(status.read_text(), "VmRSS")
         call()
-        return max(0, _kilobytes(status.read_text(), "VmHWM") - before) * 1024
+        grown = (_kilobytes(status.read_text(), "VmHWM") - before) * 1024
+        return grown if grown >= _LEAST else None
     except OSError:
         return None
 

@@ -170,11 +170,13 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row], ways: Sequence[str], ceiling
     roof = [min(at * ceilings.copy_bytes_per_s, ceilings.matmul_flop_per_s) / 1e12 for at in x]
     axes.plot(x, roof, color="black", linewidth=1.5, label="copy and matrix product, measured")
     for i, way in enumerate(ways):
-        for task in dict.fromkeys(row.task for row in rows if row.way == way):
-            mine = [row for row in rows if (row.way, row.task) == (way, task)]
-            look = plots.look(i, markers=True) | {"linestyle": "none"} | ({"fillstyle": "none"} if task == FORWARD else {})
+        for forward in (True, False):
+            mine = [row for row in rows if row.way == way and row.task.endswith(FORWARD) == forward]
+            if not mine:
+                continue
+            look = plots.look(i, markers=True) | {"linestyle": "none"} | ({"fillstyle": "none"} if forward else {})
             y = [(row.flops or 0) / (row.ms or 1) * 1e-9 for row in mine]
-            axes.plot([_intensity(row) for row in mine], y, label=f"{way}, {task}", **look)
+            axes.plot([_intensity(row) for row in mine], y, label=f"{way}, {FORWARD}" if forward else way, **look)
     axes.set(title="roofline", xlabel="FLOPs a byte that must be moved", ylabel="TFLOP/s", xscale="log", yscale="log")
     _finish(axes)
 

@@ -112,7 +112,7 @@ def targets(rows_: Sequence[Row], on_gpu: bool) -> Iterator[Ratio]:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Two panels by the context: tokens a second, and gigabytes at the peak."""
+    """Two panels by the context: tokens a second, and gigabytes at the peak where that is known."""
     timed = [row for row in report.rows if row.ms]
     if not timed:
         return
@@ -122,10 +122,11 @@ def draw(report: Report, path: Path) -> None:
         mine = sorted((row for row in timed if row.way == way), key=lambda row: row.length)
         x = [row.length for row in mine]
         speed[way] = [(x, [row.more["tokens_per_s"] for row in mine])]
-        held[way] = [(x, [max(1e-3, (row.peak_bytes or 0) / 1e9) for row in mine])]
+        known = [(row.length, row.peak_bytes / 1e9) for row in mine if row.peak_bytes]
+        if known:
+            held[way] = [([at for at, _ in known], [peak for _, peak in known])]
     log: dict[str, Any] = {"x": "tokens of context", "log_x": True, "log_y": True, "markers": True}
-    panels = [
-        plots.Panel(title="training", y="tokens a second", curves=speed, **log),
-        plots.Panel(title="memory", y="gigabytes at the peak", curves=held, **log),
-    ]
+    panels = [plots.Panel(title="training", y="tokens a second", curves=speed, **log)]
+    if held:
+        panels.append(plots.Panel(title="memory", y="gigabytes at the peak", curves=held, **log))
     plots.draw(path, panels, f"a Transformer's training step, {report.provenance['device']}")

@@ -241,7 +241,7 @@ class Attention(Mixer[AttentionState]):
                 bias = by_distance(by_offset, before + start, before + stop, seen).transpose(0, 1)
                 q_at = None if seen == before + stop else torch.arange(before + start, before + stop, device=q.device)[None]
             part = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
-            return attention(*part, pattern, **(places | {"q_position": q_at}), bias=bias, dropout=dropout)
+            return attention(*part, pattern, **{**places, "q_position": q_at}, bias=bias, dropout=dropout)
 
         return in_slices(some, q.shape[2], q.shape[0] * q.shape[1] * keys, dropout)
 

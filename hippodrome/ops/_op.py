@@ -80,7 +80,9 @@ class Op:
         return [name for name in PREFERENCE if name in self._backends or name == "reference"]
 
     def explain(self, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """For each backend "ok" or the reason why it cannot take these arguments."""
+        """For each backend "ok" or the reason why it cannot take these arguments; BadInput for those that none can."""
+        if self._valid is not None:
+            self._valid(*args, **kwargs)
         return {name: self._why_not(name, *args, **kwargs) or "ok" for name in self.backends}
 
     def choose(self, *args: Any, **kwargs: Any) -> str:

@@ -46,12 +46,19 @@ class BigBird(TilePattern):
     """Instead of a plan: heads x (tiles - 2) x n_random tiles; row r is of tile r + 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tile(self.tile)
         check_slots(self.n_random)
         if self.form == "causal" and (self.plan != "uniform" or self.table is not None or self.length is not None):
             raise BadInput("causal BigBird draws from the past alone: plan, table and length belong to form encoder")
         if self.length is not None and self.length < 1:
             raise BadInput(f"BigBird over {self.length} tokens: length must be at least 1")
+        if self.n_head is not None and self.n_head < 1:
+            raise BadInput(f"BigBird draws for {self.n_head} heads: n_head must be at least 1")
+        if self.plan != "uniform" and not 0 <= self.seed < 2**32:
+            raise BadInput(
+                f"BigBird's plan {self.plan} under seed {self.seed}: its authors' stream takes from 0 to {2**32 - 1}"
+            )
         if self.table is not None:
             self._check_table(self.table)
 
@@ -59,6 +66,12 @@ class BigBird(TilePattern):
         rows = {len(row) for head in table for row in head}
         if not table or len({len(head) for head in table}) != 1 or len(rows) > 1:
             raise BadInput("a table of BigBird must have as many rows in every head and as many tiles in every row")
+        tiles = {tile for head in table for row in head for tile in row}
+        if min(tiles, default=0) < 0 or (self.length is not None and max(tiles, default=0) >= self.n_tiles):
+            last = "" if self.length is None else f" to {self.n_tiles - 1}"
+            raise BadInput(
+                f"a table of BigBird names tile {min(tiles) if min(tiles) < 0 else max(tiles)}: they count from 0{last}"
+            )
         if self.length is not None and len(table[0]) != max(self.n_tiles - 2, 0):
             raise BadInput(f"a table of {len(table[0])} rows for {self.n_tiles} tiles: it must have {max(self.n_tiles - 2, 0)}")
 
@@ -133,7 +146,7 @@ class BigBird(TilePattern):
 
     @property
     def by_head(self) -> bool:
-        return self.n_random > 0
+        return self.n_random > 0 if self.table is None else len(self.table) > 1
 
     @property
     def count_tile(self) -> int | None:

@@ -18,13 +18,22 @@ PAPER_LENGTHS = (1024, 2048, 3072, 4096)
 """Lengths for which the authors' code draws by the paper's procedure."""
 
 
-@functools.lru_cache(maxsize=256)
 def google_table(n_tiles: int, tile: int, n_random: int, n_head: int, seed: int, plan: str) -> Tensor:
     """(n_head, n_tiles - 2, n_random) int64: row r holds the random tiles of tile r + 1.
 
     plan is "paper", "general", or "google" for the one that the authors' code takes at this length. `BadInput` where a
     procedure does not exist for the length, or finds too few tiles, which ends in an exception in the authors' code.
     """
+    return _drawn(n_tiles, tile, n_random, n_head, seed, plan)
+
+
+# In a compiled graph the table is a constant: torch.compile cannot read numpy's streams. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler for all who import patterns.
+setattr(google_table, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(n_tiles: int, tile: int, n_random: int, n_head: int, seed: int, plan: str) -> Tensor:
     length = n_tiles * tile
     if plan == "paper" and length not in PAPER_LENGTHS:
         near = min(PAPER_LENGTHS, key=lambda each: abs(each - length))

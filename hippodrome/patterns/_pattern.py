@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from hippodrome.part import BadInput, Choice
 
+MOST = 1 << 30
+"""Largest size in a pattern: positions are 32 bits in tile maps and kernels, and so must be a position and a size together."""
 CELLS = 1 << 22
 """Pairs or tiles looked at in one piece: a map of 4096 x 4096 tiles, or a mask behind it, never lies in memory whole."""
 
@@ -41,6 +44,13 @@ class Kept(NamedTuple):
 @dataclass(frozen=True)
 class Pattern(Choice):
     """Which keys a query may see."""
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "seed"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and number > MOST:
+                    raise BadInput(f"{name} of {type(self).__name__} is {number}: it must be at most {MOST}")
 
     def visible(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Bool, broadcast over integer head numbers, query positions and key positions."""
@@ -144,6 +154,7 @@ class _Combined(Pattern):
     def __post_init__(self) -> None:
         if not self.parts:
             raise BadInput(f"{type(self).__name__} of no patterns: it needs at least 1")
+        super().__post_init__()
 
     def sized(self, length: int, n_head: int) -> Pattern:
         return type(self)(tuple(part.sized(length, n_head) for part in self.parts))

@@ -46,6 +46,7 @@ class Window(Pattern):
     right: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1:
             raise BadInput(f"a window of {self.size} keys sees nothing: size must be at least 1")
         if self.right < 0:
@@ -75,6 +76,7 @@ class Global(Pattern):
     size: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1:
             raise BadInput(f"{self.size} global tokens: size must be at least 1")
 
@@ -102,6 +104,7 @@ class Prefix(Pattern):
     size: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1:
             raise BadInput(f"a prefix of {self.size} tokens: size must be at least 1")
 
@@ -127,6 +130,7 @@ class Strided(Pattern):
     stride: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stride < 1:
             raise BadInput(f"a stride of {self.stride} keys: stride must be at least 1")
 
@@ -150,6 +154,7 @@ class Documents(Pattern):
     lengths: tuple[int, ...] = (512, 512)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.lengths or min(self.lengths) < 1:
             raise BadInput(f"documents of {self.lengths} tokens: there must be a document, and each needs at least 1 token")
 

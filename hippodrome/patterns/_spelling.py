@@ -31,10 +31,11 @@ def spelled(text: str) -> Pattern:
     # global is a word that Python keeps for itself; capitalised it is a name, and case does not matter.
     readable = re.sub(r"\bglobal\b", "Global", text.strip())
     try:
-        tree = ast.parse(readable, mode="eval").body
+        return _built(ast.parse(readable, mode="eval").body, text)
     except SyntaxError:
         raise _unreadable(text) from None
-    return _built(tree, text)
+    except (RecursionError, MemoryError):
+        raise BadInput(f"a pattern of {len(text)} letters is nested too deeply to be read") from None
 
 
 def _built(node: ast.expr, text: str) -> Pattern:

@@ -61,6 +61,7 @@ class Chunk(TilePattern):
     size: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1:
             raise BadInput(f"a chunk of {self.size} keys holds nothing: size must be at least 1")
 
@@ -88,6 +89,7 @@ class Butterfly(TilePattern):
     n_factors: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tile(self.tile)
         if self.n_factors is not None and not 0 <= self.n_factors <= 32:
             raise BadInput(f"n_factors is {self.n_factors}: it must be from 0 to 32, or None for all")
@@ -120,6 +122,7 @@ class Random(TilePattern):
     length: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tile(self.tile)
         check_slots(self.per_row)
         if self.length is not None and self.length < 1:

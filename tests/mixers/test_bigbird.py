@@ -210,3 +210,12 @@ def test_what_bigbird_refuses():
         BigBird(length=5)
     with pytest.raises(BadInput, match="it must have"):
         BigBird(tile=4, form="encoder", length=16, table=(((0,),),))
+
+
+def test_the_authors_plans_are_constants_of_a_compiled_graph():
+    torch._dynamo.reset()
+    pattern = BigBird(tile=4, form="encoder", n_random=1, plan="general", length=48, seed=1)
+    mixer = Attention.Config(n_head=2, pattern=pattern).build(16)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 45, 16)
+    assert torch.equal(compiled(x)[0], mixer(x)[0])

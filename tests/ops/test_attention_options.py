@@ -369,6 +369,11 @@ def test_long_sequences_fit_memory():
         ({"slopes": torch.zeros(3)}, "one a head"),
         ({"seed": torch.zeros(2)}, "the seed is"),
         ({"seed": 2**63}, "64 bits"),
+        ({"seed": 1.5, "dropout": 0.5}, r"the seed is 1\.5: it must be an int"),
+        ({"offsets": [0, 4]}, r"offsets is \[0, 4\]: it must be a tensor"),
+        ({"slopes": [1.0] * 4}, "it must be a tensor, or None"),
+        ({"bias": torch.ones(4, 4, dtype=torch.bool)}, "bias is torch.bool: it must be floating point"),
+        ({"bias": torch.zeros(4, 4, dtype=torch.complex64)}, "bias is torch.complex64: it must be floating point"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
@@ -389,6 +394,19 @@ def test_tensors_on_two_devices_are_one_line(name):
     given[name] = given[name].to("meta")
     with pytest.raises(BadInput, match=f"^{name} is on meta, q on cpu: all tensors of an attention must be on one device$"):
         attention(q, pattern=Causal(), **given)
+
+
+@pytest.mark.parametrize("pattern", ["causal", None, Causal])
+def test_what_is_no_pattern_is_named(pattern):
+    q, k, v = inputs(4, 4)
+    with pytest.raises(BadInput, match=r"the pattern is .*: it must be one of hippodrome.patterns"):
+        attention(q, k, v, pattern)
+
+
+def test_what_no_backend_takes_is_not_explained_as_taken():
+    q, k, v = inputs(4, 4)
+    with pytest.raises(BadInput, match="one shape"):
+        attention.explain(q, k, v[:, :, 1:], Causal())
 
 
 def test_bad_shapes_are_one_line():

@@ -37,11 +37,15 @@ def check(
     return_lse: bool = False,
 ) -> None:
     """Raises BadInput unless the call has a meaning."""
+    if not isinstance(pattern, Pattern):
+        raise BadInput(f"the pattern is {pattern!r}: it must be one of hippodrome.patterns, such as Causal()")
     _check_shapes(q, k, v)
     tensors = {"k": k, "v": v, "q_position": q_position, "k_position": k_position, "offsets": offsets, "k_offsets": k_offsets}
-    tensors["k_lengths"] = k_lengths
-    for name, t in (tensors | {"bias": bias, "slopes": slopes, "seed": seed}).items():
-        if isinstance(t, Tensor) and t.device != q.device:
+    tensors |= {"k_lengths": k_lengths, "bias": bias, "slopes": slopes}
+    for name, t in (tensors if not isinstance(seed, Tensor) else tensors | {"seed": seed}).items():
+        if t is not None and not isinstance(t, Tensor):
+            raise BadInput(f"{name} is {t!r}: it must be a tensor, or None")
+        if t is not None and t.device != q.device:
             raise BadInput(f"{name} is on {t.device}, q on {q.device}: all tensors of an attention must be on one device")
     _check_positions("q_position", q_position, q)
     _check_positions("k_position", k_position, k)
@@ -50,6 +54,9 @@ def check(
     target = (*q.shape[:3], k.shape[2])
     if bias is not None and (bias.ndim > 4 or not _broadcasts(bias, target)):
         raise BadInput(f"the bias is {_sizes(bias)}: it must broadcast to (B, H, Lq, Lk) = {tuple(target)}")
+    for name, t in {"bias": bias, "slopes": slopes}.items():
+        if t is not None and not t.is_floating_point():
+            raise BadInput(f"{name} is {t.dtype}: it must be floating point")
     if slopes is not None and slopes.shape != q.shape[1:2]:
         raise BadInput(f"slopes are {_sizes(slopes)}: there must be one a head, ({q.shape[1]},)")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -142,6 +149,8 @@ def _check_seed(seed: Tensor | int | None) -> None:
     if isinstance(seed, Tensor):
         if seed.ndim or seed.dtype != torch.int64:
             raise BadInput(f"the seed is {seed.dtype} {_sizes(seed)}: it must be an int or an int64 tensor without dimensions")
+    elif seed is not None and not isinstance(seed, int):
+        raise BadInput(f"the seed is {seed!r}: it must be an int or an int64 tensor without dimensions")
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise BadInput(f"the seed is {seed}: it must fit 64 bits")
 
