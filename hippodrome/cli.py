@@ -58,6 +58,8 @@ def generate(
 ) -> None:
     """Continue prompts with a trained language model: one is streamed, several are a batch, printed in order.
 
+    An encoder-decoder answers them instead: a prompt is its source, and the answer stands on the line below.
+
     Args:
         run: The run's folder.
         prompt: One text or several; an empty one starts a document.
@@ -70,8 +72,9 @@ def generate(
 
     model = load(run, device=device)
     tokenizer = _tokenizer(run)
+    between = "" if model.prompt_end is None else "\n"
     if len(prompt) == 1:
-        sys.stdout.write(prompt[0])
+        sys.stdout.write(prompt[0] + between)
         for piece in generation.stream_text(model, tokenizer, prompt[0], max_new_tokens, sampling=sampling, stop=stop):
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -79,7 +82,7 @@ def generate(
         return
     rows = generation.generate(model, prompt, max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer)
     for text, row in zip(prompt, rows, strict=True):
-        print(f"{text}{tokenizer.decode(row)}\n")
+        print(f"{text}{between}{tokenizer.decode(row)}\n")
 
 
 def eval_(

@@ -83,12 +83,13 @@ def stream(
     """Yield, a step at a time, the new id of each row; None for a row that has ended.
 
     prompts: lists of ids, of different lengths if need be, or ids (B, L), or with a tokenizer strings; an empty one starts
-    from the tokenizer's end-of-document token. A row ends before one of `stop_ids` (which is not yielded) or with the token
-    that completes one of the strings `stop` (which need a tokenizer). vocab_size: ids from there on are padding of the
-    vocabulary and never drawn; by default the tokenizer's size. cuda_graph: whether a step is replayed as one CUDA graph;
-    None: on CUDA devices, but under autocast. Rows that have ended are then computed on and ignored. state_dtype: how states
-    that are rewritten every step are stored, such as torch.bfloat16; None: as computed. Bad arguments raise `BadInput` here,
-    not at the first step.
+    from the tokenizer's end-of-document token. Where the model answers a prompt instead of continuing it, the id that ends
+    prompts (`Model.prompt_end`) is added to one that lacks it, and ends a row. A row ends before one of `stop_ids` (which is
+    not yielded) or with the token that completes one of the strings `stop` (which need a tokenizer). vocab_size: ids from
+    there on are padding of the vocabulary and never drawn; by default the tokenizer's size. cuda_graph: whether a step is
+    replayed as one CUDA graph; None: on CUDA devices, but under autocast. Rows that have ended are then computed on and
+    ignored. state_dtype: how states that are rewritten every step are stored, such as torch.bfloat16; None: as computed. Bad
+    arguments raise `BadInput` here, not at the first step.
     """
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
@@ -113,7 +114,10 @@ def stream(
     if isinstance(table, Tensor) and largest >= len(table):
         raise BadInput(f"a prompt holds the id {largest}: the model's vocabulary ends at {len(table) - 1}")
     how = _How(sampling or Sampling(), vocab_size, prefill_chunk, graph, state_dtype)
-    return _decode(model, rows, max_new_tokens, set(stop_ids), ends, how)
+    stops, end = set(stop_ids), model.prompt_end
+    if end is not None:
+        rows, stops = [row if end in row else [*row, end] for row in rows], {*stops, end}
+    return _decode(model, rows, max_new_tokens, stops, ends, how)
 
 
 def stream_text(

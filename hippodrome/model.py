@@ -246,6 +246,11 @@ class Model(nn.Module):
         """What a score must be told with, where the logits depend on more than the tokens before; None: on nothing else."""
         return None
 
+    @property
+    def prompt_end(self) -> int | None:
+        """The id that ends a prompt and, said by the model, its answer; None: a prompt is continued."""
+        return None
+
     def score_with(self, latents: int | None = None, stride: int | None = None) -> None:
         """Change the protocol, as `models/perceiver_ar.py` says. Raises `BadInput` where there is none."""
         raise BadInput(f"latents and stride are Perceiver AR's: the logits of a {type(self).__name__} depend on neither")

@@ -38,6 +38,8 @@ def time_generation(
     try:
         vocabulary = getattr(model.embed, "weight", torch.empty(1)).shape[0]
         ids = torch.randint(vocabulary, (batch, prompt_len), generator=torch.Generator().manual_seed(0)).to(device)
+        if model.prompt_end is not None:
+            ids[:, -1] = model.prompt_end
         counts = torch.full((batch,), prompt_len, device=device)
         # On a GPU the kernels of a chunk depend on its shape, and the first call of each is no measurement.
         warm = min(prompt_len, prefill_chunk if device.type == "cuda" else 16)

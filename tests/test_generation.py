@@ -62,6 +62,7 @@ class Script(nn.Module):
 
     causal = True
     embed = None
+    prompt_end = None
 
     def __init__(self, ids: list[int], vocab: int) -> None:
         super().__init__()

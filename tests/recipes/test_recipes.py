@@ -26,6 +26,7 @@ SPREAD = ("text", "train", "language", "trees", "size", "budget", "exercise", "b
 VISION = [name for name in recipes() if name.startswith("vit.")]
 CLASSIFIERS = [name for name in recipes() if name.startswith("lra.")]
 COPIES = [name for name in recipes() if name.endswith(".mirror_copy")]
+PAIRS = ["bigbird.encoder_decoder", "bigbird.seq2seq"]
 OF_IMAGES = ["lra_images.image", "lra_images.pathfinder", "lra_images.pathfinder_segmentation"]
 
 
@@ -42,7 +43,7 @@ def test_the_recipes_asked_for_are_there():
     wanted |= {"perceiver_ar", "block_sparse", "bigbird"}
     wanted |= {"perceiver_ar.mirror_copy", "transformer.mirror_copy", "h3.mirror_copy"}
     assert wanted <= set(recipes())
-    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS, COPIES, VISION)
+    groups = (LANGUAGE_MODELS, SYNTHETIC, CLASSIFIERS, OF_IMAGES, ["listops_subtrees"], ATOMIC, SIGNALS, COPIES, VISION, PAIRS)
     assert {name for group in groups for name in group} == set(recipes())
 
 
@@ -202,6 +203,29 @@ def test_the_mirror_copy_is_one_task_for_all_and_learned_the_same_way(name):
     loss.backward()
     assert 0 < float(loss.detach()) < 10
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("encoder", ["bigbird", "full", "s4d", "s5", "mega"])
+def test_an_encoder_decoder_of_every_encoder_extracts_from_rows_of_its_task(encoder):
+    recipe = find_recipe(f"bigbird.encoder_decoder+encoder={encoder}")
+    config = recipe(
+        length=40, lines=2, width=2, n_layer=1, n_decoder=1, d_model=16, n_head=2, tile=8, train=TrainConfig(seed=3)
+    )
+    assert (config.task.length, config.task.seed, config.model.start) == (40, 3, config.task.start)
+    torch.manual_seed(0)
+    model, batch = config.model.build(), config.task.build().batch("train", 0, 3)
+    loss = model.loss(batch).total
+    loss.backward()
+    assert 0 < float(loss.detach()) < 10
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_encoders_of_attention_are_twins_of_one_size():
+    sizes = {
+        encoder: count_parameters(find_recipe("bigbird.encoder_decoder")(encoder=encoder).model)
+        for encoder in ("bigbird", "full")
+    }
+    assert len(set(sizes.values())) == 1
 
 
 @pytest.mark.gpu
