@@ -13,6 +13,7 @@ from hippodrome.recipes._atomic import Exercise
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes._lra import Budget, Size
 from hippodrome.recipes._synthetic import Language
+from hippodrome.recipes.mega import Unit
 from hippodrome.run import RunConfig, TrainConfig
 from hippodrome.task import Batch
 from hippodrome.train import train
@@ -110,8 +111,6 @@ def test_attention_goes_where_it_is_told():
         ("gss", {"init": "lin", "imag": "plain"}),
         ("gss.hybrid", {"init": "lin", "imag": "plain"}),
         ("s5", {"activation": "full_glu"}),
-        ("mega", {"function": "laplace", "bias": "simple"}),
-        ("mega.chunked", {"function": "relu2", "bias": "simple"}),
         ("dlr.atomic", {"readout": "product"}),
         ("gss.atomic", {"init": "lin", "imag": "plain"}),
     ],
@@ -122,8 +121,15 @@ def test_variants_of_a_system_are_words_of_its_recipe(name, words):
     assert {word: getattr(config, word) for word in words} == words
 
 
+def test_variants_of_mega_are_words_of_its_unit():
+    for name, function in ("mega", "laplace"), ("mega.chunked", "relu2"):
+        mixer = find_recipe(name)(unit=Unit(function=function, bias="simple")).model.blocks[0].mixer
+        assert (mixer.function, mixer.bias) == (function, "simple")
+
+
 def test_a_simple_bias_reaches_over_the_row():
-    assert find_recipe("mega")(bias="simple", text=Text(length=3000)).model.blocks[0].mixer.max_positions == 3000
+    config = find_recipe("mega")(unit=Unit(bias="simple"), text=Text(length=3000))
+    assert config.model.blocks[0].mixer.max_positions == 3000
 
 
 def test_the_gss_hybrid_has_chunks_of_attention_in_every_fourth_block():
