@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hippodrome.part import BadInput
 from hippodrome.task import IGNORE, Batch, Split, Task
-from hippodrome.tasks._labels import label_scores
+from hippodrome.tasks._labels import answer_scores
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -115,10 +115,7 @@ class Extract(Task):
 
     def score(self, logits: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Accuracy and cross entropy over the answers' tokens, and the share of rows that are right throughout."""
-        asked = batch.targets != IGNORE
-        counted = asked.any(-1)
-        right = ((logits.argmax(-1) == batch.targets) | ~asked).all(-1) & counted
-        return {**label_scores(logits, batch.targets), "solved": (right.sum(), counted.sum())}
+        return answer_scores(logits, batch.targets)
 
     def floors(self) -> Mapping[str, float]:
         """Each symbol guessed, and the end in its place, which is always the same."""
