@@ -93,7 +93,7 @@ class DLR(Diagonal):
 
     def kernel(self, length: int) -> Tensor:
         """From one table of powers for all channels."""
-        rate, w = self._lambda(self.W.dtype), self._w(self.W.dtype)
+        rate, w = self._lambda(torch.float64), self._w(self.W.dtype)
         if self.readout == "product":
             return mode_kernel(rate, w, length) * mode_kernel(rate, -1j * w, length)
         return mode_kernel(rate, w * _ROTATION[self.readout], length)

@@ -86,7 +86,6 @@ class H3(Mixer[H3State]):
         diagonal, shift = cast(Diagonal, self.diagonal), cast("Shift | None", self.shift)
         with torch.autocast(q.device.type, enabled=False):
             log_modes, weights = diagonal.modes()
-            log_modes = log_modes.to(weights.dtype)  # all that h3's kernels take
             taps = None if shift is None else shift.taps()
             if state is None:
                 return h3(q, k, v, taps, log_modes, weights, skip=diagonal.D)[0], None

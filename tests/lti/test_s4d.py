@@ -150,25 +150,26 @@ SLOW = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_modes_keep_their_phase_for_a_million_tokens(name):
+def test_slow_modes_keep_their_phase_for_a_million_tokens(name, device):
     """Discretised in float64 and handed on so: with phases rounded to float32 the kernel is wrong by up to 3e-2."""
     torch.manual_seed(0)
     config, slow = SLOW[name]
-    system, length, late = config.build(1), 1 << 20, torch.tensor([1 << 16, 1 << 18, (1 << 20) - 1])
+    system, length, late = config.build(1).to(device), 1 << 20, torch.tensor([1 << 16, 1 << 18, (1 << 20) - 1])
     with torch.no_grad():
         for parameter, value in slow.items():
             system.get_parameter(parameter).fill_(value)
         log_modes, weights = system.modes()
         assert (log_modes.dtype, weights.dtype) == (torch.complex128, torch.complex64)
         exact, scale = copy.deepcopy(system).double().kernel(length)[0], weights.abs().square().sum().sqrt()
-        impulse = torch.zeros(1, 1, length)
+        impulse = torch.zeros(1, 1, length, device=device)
         impulse[..., 0] = 1.0
         half, state = system.convolve(impulse[..., : 1 << 19], system.init_state(1))
         assert state.z.dtype == torch.complex64
         chunked = torch.cat([half, system.convolve(impulse[..., 1 << 19 :], state)[0]], -1)
         for found in (system.kernel(length), system.convolve(impulse)[0][0], chunked[0]):
-            assert (found[0, late] - exact[late]).abs().max() < 1e-5 * scale
+            assert (found[0, late] - exact[late]).abs().max() < (1e-5 if device == "cpu" else 1e-4) * scale
 
 
 @pytest.mark.parametrize("disc", ["zoh", "bilinear"])

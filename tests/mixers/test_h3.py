@@ -1,5 +1,7 @@
 """H3 against the authors' layer (tests/golden/h3_layer_*): outputs, gradients, states and steps."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -188,6 +190,27 @@ def test_under_autocast_products_are_half_precision_and_systems_are_not(config):
     for name, parameter in mixer.named_parameters():
         assert parameter.grad.dtype == torch.float32, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_slow_modes_keep_their_phase_for_a_million_tokens(device):
+    """The systems and gates of a layer answer an impulse like float64's kernel, as one row and as two halves."""
+    torch.manual_seed(0)
+    mixer = H3.Config(use_shift=False, diagonal=S4D.Config(init="quad", disc="bilinear", skip=False)).build(1).to(device)
+    length, late = 1 << 20, torch.tensor([1 << 16, 1 << 18, (1 << 20) - 1])
+    with torch.no_grad():
+        mixer.diagonal.log_dt.fill_(-4.6)
+        mixer.diagonal.log_A_real.fill_(-9.2)
+        exact, scale = copy.deepcopy(mixer.diagonal).double().kernel(length)[0], mixer.diagonal.modes()[1].norm()
+        gate, impulse = torch.ones(1, 1, length, device=device), torch.zeros(1, 1, length, device=device)
+        impulse[..., 0] = 1.0
+        whole, _ = mixer._mix(gate, impulse, gate, None, None)
+        state, halves = mixer.init_state(1), []
+        for q, k, v in zip(*(signal.chunk(2, -1) for signal in (gate, impulse, gate)), strict=True):
+            y, state = mixer._mix(q, k, v, state, None)
+            halves.append(y)
+    for found in (whole, torch.cat(halves, -1)):
+        assert (found[0, 0, late] - exact[late]).abs().max() < (1e-5 if device == "cpu" else 1e-4) * scale
 
 
 @pytest.mark.parametrize(("head_dim", "near"), [(3, 2), (0, 1), (-2, 1), (7, 8)])

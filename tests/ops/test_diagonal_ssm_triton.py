@@ -135,6 +135,30 @@ def test_tiles_of_64_rows_and_pieces_of_one_chunk(on_cpu, monkeypatch, batch, le
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def slow(length, channels=1, device="cpu"):
+    """Of a million tokens by modes that forget a tenth of them and turn fast: their phase rounded to float32 is lost."""
+    given = case(1, channels, length, 5, layout="BHL", without=("taps", "past"))
+    turn = torch.rand(channels, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    modes = torch.complex(torch.full_like(turn, -1e-7), 1 + 2 * turn)
+    assert (modes.to(torch.complex64) - modes).imag.abs().max() * length > 5e-2
+    return rounded(given, torch.float32, device) | {"log_modes": modes.to(device)}
+
+
+def assert_in_phase(given, tolerance):
+    """Outputs, state and gradients are float64's."""
+    found = results(fused, given)
+    assert found["log_modes"].dtype == torch.complex128
+    for name, error in errors(found, results(plain, double(given))).items():
+        assert error < tolerance, (name, error)
+
+
+@interpreted
+def test_logarithms_in_float64_keep_slow_modes_in_phase_over_a_million_tokens(on_cpu, monkeypatch):
+    """128 pieces of 8 chunks of 1024 tokens: the interpreter counts its operations, not their sizes."""
+    monkeypatch.setattr(_tiling.Tiling, "of", lambda *_: _tiling.Tiling(16, 1024, 16, 4, 1))
+    assert_in_phase(slow(1 << 20), 1e-5)
+
+
 @interpreted
 @pytest.mark.parametrize("p", [1, 2])
 def test_heads_of_one_and_of_two_channels(on_cpu, p):
@@ -195,6 +219,8 @@ def leaf_arguments(given, carry):
 )
 def test_the_leaves_are_good_citizens_of_torch(on_cpu, without, carry):
     given = rounded(case(2, 1, 33, 2, without=without, taps=4), torch.float32)
+    if carry:
+        given["log_modes"] = given["log_modes"].to(torch.complex128)
     args = leaf_arguments(given, carry)
     y, after, begin = torch.ops.hippodrome.diagonal_fused(*args)
     dcarry = torch.ones_like(after) if carry else None
@@ -388,6 +414,14 @@ def test_modes_that_never_decay_stay_in_phase_over_a_million_tokens_on_the_gpu()
     at = torch.arange(length, dtype=torch.float64, device="cuda")
     assert (y[0] - torch.cos(phases.double() * at)).abs().max() < 1e-4
     assert (after[0] - torch.exp(1j * phases.double() * (length - 1))).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [_tiling.PROGRAMS, 1])
+def test_logarithms_in_float64_keep_slow_modes_in_phase_over_a_million_tokens_on_the_gpu(monkeypatch, programs):
+    """In short pieces, and in 16 long ones as where there are many channels."""
+    monkeypatch.setattr(_tiling, "PROGRAMS", programs)
+    assert_in_phase(slow(1 << 20, 3, "cuda"), 1e-4)
 
 
 @pytest.mark.gpu

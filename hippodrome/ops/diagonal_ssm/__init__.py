@@ -75,7 +75,7 @@ def diagonal_ssm(
     u, pre_gate, post_gate: (..., H, L), any real dtype; log_modes, weights: (H, N) complex64 (complex128 for float64), the
     logarithm of the discrete eigenvalues and the output weights with B folded in; skip: (H,); state: (..., H, N) complex,
     the z after the tokens before u. Arithmetic and state are at least float32. log_modes may be complex128 beside complex64
-    weights: a phase rounded to float32 is wrong by 0.1 rad after a million tokens. The GPU's kernels still round it.
+    weights: a phase rounded to float32 is wrong by 0.1 rad after a million tokens.
     """
     real = torch.promote_types(u.dtype, torch.float32)
     v = u.to(real) if pre_gate is None else u.to(real) * pre_gate.to(real)

@@ -171,7 +171,7 @@ def _gradients(
     skip: Tensor | None, state: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
-        return log_modes.new_empty(0) if t is None else torch.empty_like(t)
+        return weights.new_empty(0) if t is None else torch.empty_like(t)
 
     return [like(t) for t in (u, pre, post, taps, log_modes, weights, skip, state)]
 

@@ -347,8 +347,8 @@ def finish(
         dw_re += tl.load(place + 2 * N)
         dw_im += tl.load(place + 3 * N)
 
-    re, turns, _ = _modes(log_modes, h, n, n_modes)
-    p_re, p_im = _power(re[:, None], turns[:, None], t[None, :])
+    re, _, turns = _modes(log_modes, h, n, n_modes)
+    p_re, p_im = _power(re.to(tl.float32)[:, None], turns[:, None], t[None, :])
     real = n < n_modes
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=real, other=0.0)
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=real, other=0.0)

@@ -51,13 +51,13 @@ def _exact(log_re, log_im, exponent):
 
 @triton.jit
 def _modes(log_modes, h, n, n_modes):
-    """Of modes n of channel h: the logarithm's real part, its phase in units of 2^-32 turns, and its phase in float64."""
+    """Of modes n of channel h: the logarithm's real and imaginary part in float64, and the latter in units of 2^-32 turns."""
     real = n < n_modes
-    re = tl.load(log_modes + 2 * (h * n_modes + n), mask=real, other=0.0)
+    re = tl.load(log_modes + 2 * (h * n_modes + n), mask=real, other=0.0).to(tl.float64)
     im = tl.load(log_modes + 2 * (h * n_modes + n) + 1, mask=real, other=0.0).to(tl.float64)
     turns = im * 0.15915494309189535
     turns = ((turns - tl.floor(turns + 0.5)) * 4294967296.0).to(tl.int64).to(tl.int32)
-    return re, turns, im
+    return re, im, turns
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def prepare(
     log_modes, weights, skip, first, tables, decay, n_modes, span,
     T: tl.constexpr, N: tl.constexpr, HAS_SKIP: tl.constexpr, BACKWARD: tl.constexpr, EXACT: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The tables of a channel.
+    """The tables of a channel, from log_modes (H, N, 2) in fp32 or fp64.
 
     first (H, T) fp32: the taps of the kernel within a chunk. decay (H, 2, 4, N) fp32: lambda^T and, if there are PIECES,
     lambda^span, as high and low pairs; the low pair of lambda^T only where it is EXACT. tables (H, 2 or 4, 2N, T), in the
@@ -86,7 +86,8 @@ def prepare(
     h = tl.program_id(0).to(tl.int64)
     n, t = tl.arange(0, N), tl.arange(0, T)
     keep = (n < n_modes)[:, None]
-    log_re, turns, log_im64 = _modes(log_modes, h, n, n_modes)
+    log_re64, log_im64, turns = _modes(log_modes, h, n, n_modes)
+    log_re = log_re64.to(tl.float32)
     w_re = tl.load(weights + 2 * (h * n_modes + n), mask=n < n_modes, other=0.0)[:, None]
     w_im = tl.load(weights + 2 * (h * n_modes + n) + 1, mask=n < n_modes, other=0.0)[:, None]
 
@@ -124,13 +125,13 @@ def prepare(
 
     place = decay + h * 8 * N + n
     if EXACT:
-        re_high, im_high, re_low, im_low = _exact(log_re.to(tl.float64), log_im64, T + 0.0 * log_im64)
+        re_high, im_high, re_low, im_low = _exact(log_re64, log_im64, T + 0.0 * log_im64)
         _store_power(place, re_high, im_high, re_low, im_low, n < n_modes, N)
     else:
         re_high, im_high = _power(log_re, turns, T + 0 * turns)
         _store_power(place, re_high, im_high, 0.0 * re_high, 0.0 * im_high, n < n_modes, N)
     if PIECES:
-        re_high, im_high, re_low, im_low = _exact(log_re.to(tl.float64), log_im64, span + 0.0 * log_im64)
+        re_high, im_high, re_low, im_low = _exact(log_re64, log_im64, span + 0.0 * log_im64)
         _store_power(place + 4 * N, re_high, im_high, re_low, im_low, n < n_modes, N)
 
 

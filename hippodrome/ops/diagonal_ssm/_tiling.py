@@ -68,9 +68,9 @@ def prepare(
     from hippodrome.ops.diagonal_ssm import _kernels as kernels
 
     channels, modes = log_modes.shape[:2]
-    first = log_modes.new_empty(channels, plan.T)
-    tables = log_modes.new_empty(channels, 4 if backward else 2, 2 * plan.N, plan.T, dtype=PRODUCTS[dtype])
-    decay = log_modes.new_empty(channels, 2, 4, plan.N)
+    first = weights.new_empty(channels, plan.T)
+    tables = weights.new_empty(channels, 4 if backward else 2, 2 * plan.N, plan.T, dtype=PRODUCTS[dtype])
+    decay = weights.new_empty(channels, 2, 4, plan.N)
     kernels.prepare[channels,](
         log_modes, weights, either(skip, first), first, tables, decay, modes, span, T=plan.T, N=plan.N,
         HAS_SKIP=skip is not None, BACKWARD=backward, EXACT=PRODUCTS[dtype] == torch.float32, PIECES=groups > 1,

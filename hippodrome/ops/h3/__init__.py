@@ -80,8 +80,9 @@ def h3(
     """Outputs (B, D, L) in q's dtype, and the outgoing state of the diagonal systems if asked for.
 
     q, k, v: (B, D, L), any real dtype, any strides; taps: (D, T), the kernel of the shift, its skip in the first tap, None:
-    k' = k; log_modes, weights: (H, N) complex, H a divisor of D; skip: (H,); past: (B, D, P), the last keys before k, oldest
-    first (those further back than P count as zeros); state: (B, p, p, H, N) complex. Arithmetic and state are at least float32.
+    k' = k; log_modes, weights: (H, N) complex, of the dtypes of diagonal_ssm; H divides D; skip: (H,); past: (B, D, P), the
+    last keys before k, oldest first (those further back than P count as zeros); state: (B, p, p, H, N) complex. Arithmetic and
+    state are at least float32.
     """
     return _reference(q, k, v, taps, log_modes, weights, skip=skip, past=past, state=state, return_state=return_state)
 
