@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.diagonal_ssm import cpu, diagonal_ssm, mode_kernel, mode_powers, mode_states
+from hippodrome.ops.diagonal_ssm import _cpu_segments, cpu, diagonal_ssm, mode_kernel, mode_powers, mode_states
 from tests.golden_files import as_complex, cases, load
 from tests.support import assert_close
 
@@ -80,10 +80,10 @@ def test_blocks_of_channels_and_segments_of_chunks_are_the_whole(chunk, length, 
     """5 channels in blocks of 2, 2 and 1; segments of one group of chunks, of four, or all, with some left and with none."""
     batch = 2
     monkeypatch.setattr(cpu, "CHUNKS", ((0, chunk),))
-    monkeypatch.setattr(cpu, "LANES", lanes)
-    monkeypatch.setattr(cpu, "ROWS", rows)
+    monkeypatch.setattr(_cpu_segments, "LANES", lanes)
+    monkeypatch.setattr(_cpu_segments, "ROWS", rows)
     most = min(lanes * max(1, rows // (lanes * batch)), -(-length // chunk))
-    monkeypatch.setattr(cpu, "WORKSPACE", 2 * batch * ((3 * most + 2) * chunk + 4 * most * MODES))
+    monkeypatch.setattr(_cpu_segments, "WORKSPACE", 2 * batch * ((3 * most + 2) * chunk + 4 * most * MODES))
     log_modes, weights = system()
     u, pre, post, d_y = signals(4, batch, CHANNELS, length)
     skip = signals(1, CHANNELS)[0]
@@ -130,7 +130,7 @@ def test_any_axes_before_the_channels(backend, lead):
 @pytest.mark.parametrize(("backend", "rows"), [("reference", 0), ("cpu", 1), ("cpu", 1 << 12)])
 def test_modes_that_never_decay_stay_in_phase_over_a_million_tokens(backend, rows, monkeypatch):
     """An impulse at the start, seen until the end: float32 against float64's cosine, and the state that is left."""
-    monkeypatch.setattr(cpu, "ROWS", rows)
+    monkeypatch.setattr(_cpu_segments, "ROWS", rows)
     length, phases = 1 << 20, torch.tensor([0.3, 1.1, 2.5], dtype=torch.float32)[:, None]
     u = torch.zeros(1, len(phases), length)
     u[..., 0] = 1
@@ -205,7 +205,7 @@ def peak_bytes(call):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_memory_is_outputs_and_gradients_and_little_else(batch, monkeypatch):
     """Neither N x L powers nor an FFT's 2 L, nor states of all chunks, exist, forward or backward."""
-    monkeypatch.setattr(cpu, "WORKSPACE", 1 << 16)
+    monkeypatch.setattr(_cpu_segments, "WORKSPACE", 1 << 16)
     channels, modes, length = 8, 32, (1 << 17) // batch
     leaves = [
         t.requires_grad_() for t in (signals(1, batch, channels, length)[0].float(), *system(channels, modes, torch.complex64))
