@@ -9,17 +9,16 @@ device a step is one graph: the weights must not change before the last token.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hippodrome.cuda_graph import GraphedDecode
+from hippodrome.decoder import Decoder, EagerDecoder, GraphDecoder, GreedyGraphDecoder, How
 from hippodrome.model import Model, ModelState
 from hippodrome.part import BadInput
-from hippodrome.sampling import NOT_FINITE, Sampling, draw
-from hippodrome.stepper import ModelStepper
+from hippodrome.sampling import Sampling
+from hippodrome.stop_strings import StopBytes, text_before_stop
 
 if TYPE_CHECKING:
     from hippodrome.tokenizer import Tokenizer
@@ -108,12 +107,12 @@ def stream(
         raise BadInput(f"state_dtype is {state_dtype}: it must be a floating-point dtype, or none")
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
-    ends = [_StopBytes(stop, tokenizer) for _ in range(len(prompts))]
+    ends = [StopBytes(stop, tokenizer) for _ in range(len(prompts))]
     rows = _as_ids(prompts, tokenizer)
     table, largest = getattr(model.embed, "weight", None), max(map(max, rows))
     if isinstance(table, Tensor) and largest >= len(table):
         raise BadInput(f"a prompt holds the id {largest}: the model's vocabulary ends at {len(table) - 1}")
-    how = _How(sampling or Sampling(), vocab_size, prefill_chunk, graph, state_dtype)
+    how = How(sampling or Sampling(), vocab_size, prefill_chunk, graph, state_dtype)
     stops, end = set(stop_ids), model.prompt_end
     if end is not None:
         rows, stops = [row if end in row else [*row, end] for row in rows], {*stops, end}
@@ -151,22 +150,11 @@ def stream_text(
         cuda_graph=cuda_graph,
         state_dtype=state_dtype,
     )
-    return _text(steps, tokenizer, stop)
-
-
-@dataclass(frozen=True)
-class _How:
-    """The settings of one call."""
-
-    sampling: Sampling
-    vocab_size: int | None
-    prefill_chunk: int
-    cuda_graph: bool
-    state_dtype: torch.dtype | None
+    return text_before_stop(steps, tokenizer, stop)
 
 
 def _decode(
-    model: Model, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int], ends: list[_StopBytes], how: _How
+    model: Model, prompts: list[list[int]], max_new_tokens: int, stop_ids: set[int], ends: list[StopBytes], how: How
 ) -> Iterator[list[int | None]]:
     was_training = model.training
     model.eval()
@@ -194,118 +182,17 @@ def _decode(
         model.train(was_training)
 
 
-def _decoder(model: Model, prompts: list[list[int]], max_new_tokens: int, how: _How) -> _Decoder:
+def _decoder(model: Model, prompts: list[list[int]], max_new_tokens: int, how: How) -> Decoder:
     """The prompts' rows, prefilled."""
     logits, state = _prefill(model, prompts, max_new_tokens, how.prefill_chunk)
     stepper = model.stepper(how.state_dtype)
     state = stepper.begin(state)
     penalised = how.sampling.repetition_penalty != 1
     if how.cuda_graph and how.sampling.temperature == 0 and not penalised:
-        return _GreedyGraphDecoder(stepper, state, logits[:, : how.vocab_size], max_new_tokens - 1)
+        return GreedyGraphDecoder(stepper, state, logits[:, : how.vocab_size], max_new_tokens - 1)
     seen = _seen(prompts, logits, how.vocab_size) if penalised else None
-    kind = _GraphDecoder if how.cuda_graph else _EagerDecoder
+    kind = GraphDecoder if how.cuda_graph else EagerDecoder
     return kind(stepper, state, logits, seen, how)
-
-
-class _Decoder:
-    """The rows that are still being written. Each step: draw, keep those that go on, feed them their tokens."""
-
-    def draw(self) -> list[int]:
-        """The next token of each row."""
-        raise NotImplementedError
-
-    def keep(self, slots: list[int]) -> None:
-        """Go on with these of the rows alone."""
-        raise NotImplementedError
-
-    def feed(self, tokens: list[int]) -> None:
-        """Step with these tokens, as many as there are rows."""
-        raise NotImplementedError
-
-
-class _EagerDecoder(_Decoder):
-    """Draws on the host; rows that have ended leave the batch."""
-
-    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, seen: Tensor | None, how: _How) -> None:
-        self.stepper, self.state, self.logits, self.seen = stepper, state, logits, seen
-        self.sampling, self.vocab_size = how.sampling, how.vocab_size
-        self.dice = [torch.Generator().manual_seed(how.sampling.seed + row) for row in range(len(logits))]
-
-    def draw(self) -> list[int]:
-        return draw(self.logits[:, : self.vocab_size], self.sampling, self.seen, self.dice)
-
-    def keep(self, slots: list[int]) -> None:
-        self.state = self.state.reorder(torch.tensor(slots))
-        self._keep_draws(slots)
-
-    def feed(self, tokens: list[int]) -> None:
-        chosen = self._chosen(tokens)
-        with torch.no_grad():
-            self.logits, self.state = self.stepper.step(chosen, self.state)
-
-    def _keep_draws(self, slots: list[int]) -> None:
-        self.seen = None if self.seen is None else self.seen[slots]
-        self.dice = [self.dice[slot] for slot in slots]
-
-    def _chosen(self, tokens: list[int]) -> Tensor:
-        chosen = torch.tensor(tokens, device=self.logits.device)
-        if self.seen is not None:
-            self.seen = self.seen.scatter(1, chosen[:, None], True)
-        return chosen
-
-
-class _GraphDecoder(_EagerDecoder):
-    """Draws on the host, steps by a graph over all rows of the start."""
-
-    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, seen: Tensor | None, how: _How) -> None:
-        super().__init__(stepper, state, logits, seen, how)
-        self.rows = torch.arange(len(logits), device=logits.device)
-        self.graph = GraphedDecode(stepper, state, torch.zeros_like(self.rows))
-
-    def keep(self, slots: list[int]) -> None:
-        self.rows = self.rows[slots]
-        self._keep_draws(slots)
-
-    def feed(self, tokens: list[int]) -> None:
-        self.graph.tokens[self.rows] = self._chosen(tokens)
-        self.logits = self.graph()[self.rows]
-
-
-class _GreedyGraphDecoder(_Decoder):
-    """The likeliest token is found and fed on the device, which is a step ahead while the host reads ids."""
-
-    def __init__(self, stepper: ModelStepper, state: ModelState, logits: Tensor, steps: int) -> None:
-        self.vocab_size, self.steps = logits.shape[1], steps
-        self.rows = list(range(len(logits)))
-        self.said = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        self.read = torch.empty(len(logits), dtype=torch.int64, pin_memory=logits.is_cuda)
-        self.graph = GraphedDecode(stepper, state, self._choose(logits), self._choose)
-
-    def draw(self) -> list[int]:
-        self.read.copy_(self.said, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.said.device))
-        if self.steps:
-            self.steps -= 1
-            self.graph()
-        done.synchronize()
-        everyone = self.read.tolist()
-        tokens = [everyone[row] for row in self.rows]
-        if min(tokens) < 0:
-            raise BadInput(NOT_FINITE)
-        return tokens
-
-    def keep(self, slots: list[int]) -> None:
-        self.rows = [self.rows[slot] for slot in slots]
-
-    def feed(self, tokens: list[int]) -> None:
-        pass
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        """The ids to feed; what is said is -1 where the logits are not finite."""
-        best, at = logits[:, : self.vocab_size].max(-1)
-        self.said.copy_(torch.where(best.isfinite(), at, -1))
-        return self.said.clamp(min=0)
 
 
 def with_graph(model: Model, wanted: bool | None) -> bool:
@@ -382,48 +269,3 @@ def _one_prompt(row: Any, tokenizer: Tokenizer | None) -> list[int]:
     if tokenizer is None:
         raise BadInput("a prompt is empty: give at least one id, or a tokenizer whose end-of-document token starts it")
     return [tokenizer.end]
-
-
-class _StopBytes:
-    """Watches one row for the stop strings, which may begin in one token and end in another."""
-
-    def __init__(self, stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
-        self.stop = [text.encode() for text in stop]
-        self.tokenizer = tokenizer
-        self.tail = b""
-
-    def reached(self, token: int) -> bool:
-        """Whether a stop string is complete once `token` follows the tokens before."""
-        if not self.stop or self.tokenizer is None:
-            return False
-        text = self.tail + self.tokenizer.decode_bytes([token])
-        keep = max(len(stop) for stop in self.stop) - 1
-        self.tail = text[len(text) - min(keep, len(text)) :]
-        return any(stop in text for stop in self.stop)
-
-
-def _text(steps: Iterator[list[int | None]], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    decoder = tokenizer.decoder()
-    held = ""
-    for (token,) in steps:
-        assert token is not None
-        held += decoder.push(token)
-        if _first_stop(held, stop) is not None:
-            break
-        ready = len(held) - _maybe_stop(held, stop)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    held += decoder.finish()
-    held = held[: _first_stop(held, stop)]
-    if held:
-        yield held
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    return min((text.index(word) for word in stop if word in text), default=None)
-
-
-def _maybe_stop(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    return max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)

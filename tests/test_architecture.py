@@ -26,7 +26,8 @@ FLOORS = (
     "ops norms inits stepper model tasks",
     "run",
     "lti embeds readouts checkpoint",
-    "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
+    "mixers channels models cuda_graph optim step train sampling stop_strings decoder generation timing evaluate by_position "
+    "parity progress",
     "recipes compare grid catalog convert convert_vit doctor verify bench",
     "demo dispatch cli __main__",
 )

@@ -1,7 +1,12 @@
-"""Tokens: ids (B, L) int64 to vectors (B, L, D), with positions as an option: learned (Radford et al., 2018) or fixed sines."""
+"""Tokens: ids (B, L) int64 to vectors (B, L, D), with positions as an option: learned (Radford et al., 2018) or fixed sines.
+
+Learned positions may have several axes, as the rows, columns and channels of a picture that is read value by value, whose
+vectors are summed (as in Perceiver AR: Hawthorne et al., 2022).
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +26,8 @@ class Tokens(Embed):
         """Rows of the table are rounded up to this, as matrix units like it. The extra ids never occur."""
         positions: int = 0
         """How many positions have a learned vector; 0: none, the mixers must tell order apart."""
+        axes: tuple[int, ...] = ()
+        """Sizes of axes, the last the fastest: a position is a place on them, with a learned vector for each coordinate."""
         sines: float | None = None
         """Slowest time scale of fixed positions, sines then cosines over tokens, that are added; None: none."""
         dropout: float = 0.0
@@ -36,6 +43,8 @@ class Tokens(Embed):
             raise BadInput(f"vocab_size is {config.vocab_size}: it must be at least 1")
         if config.positions < 0:
             raise BadInput(f"positions is {config.positions}: it must be 0 or more")
+        if config.axes and (config.positions or min(config.axes) < 1):
+            raise BadInput(f"axes are {config.axes}: sizes of at least 1, and then positions must be 0, not {config.positions}")
         if config.pad_to_multiple < 1:
             raise BadInput(f"pad_to_multiple is {config.pad_to_multiple}: it must be at least 1")
         if not 0 <= config.dropout < 1:
@@ -45,6 +54,8 @@ class Tokens(Embed):
         self.sines = config.sines
         self.table = nn.Embedding(config.rows, d_model)
         self.positions = nn.Embedding(config.positions, d_model) if config.positions else None
+        self.sizes, self.places = config.axes, math.prod(config.axes)
+        self.axes = nn.ModuleList(nn.Embedding(size, d_model) for size in config.axes)
         self.dropout = nn.Dropout(config.dropout)
 
     @property
@@ -56,7 +67,9 @@ class Tokens(Embed):
         self._check(inputs)
         x = self.table(inputs)
         if self.positions is not None:
-            x = x + self.positions(self._where(inputs, position))
+            x = x + self.positions(self._where(inputs, position, self.positions.num_embeddings))
+        if len(self.axes):
+            x = x + self._placed(inputs, position)
         if self.sines is not None:
             x = x + self._waves(inputs, position).to(x.dtype)
         return self.dropout(x)
@@ -71,18 +84,25 @@ class Tokens(Embed):
         angle = at[..., None] * scale
         return torch.cat([angle.sin(), angle.cos()], -1)
 
-    def _where(self, inputs: Tensor, position: Tensor | None) -> Tensor:
-        """The positions (L,) or (B, L) of the inputs."""
-        assert self.positions is not None
-        room = self.positions.num_embeddings
+    def _placed(self, inputs: Tensor, position: Tensor | None) -> Tensor:
+        """(L, D) or (B, L, D): the sum over the axes of the vectors of a token's coordinates."""
+        at, step = self._where(inputs, position, self.places), self.places
+        vectors = []
+        for size, table in zip(self.sizes, self.axes, strict=True):
+            step //= size
+            vectors.append(table(at // step % size))
+        return torch.stack(vectors).sum(0)
+
+    def _where(self, inputs: Tensor, position: Tensor | None, room: int) -> Tensor:
+        """The positions (L,) or (B, L) of the inputs, below `room`."""
         at = torch.arange(inputs.shape[1], device=inputs.device)
         if inputs.shape[1] > room:
-            raise BadInput(f"{inputs.shape[1]} tokens, but only {room} positions have a learned vector (positions={room})")
+            raise BadInput(f"{inputs.shape[1]} tokens, but only {room} positions have a learned vector")
         if position is None:
             return at
         at = at + position[:, None]
         if at.device.type == "cpu" and not torch.compiler.is_compiling() and at.numel() and int(at.max()) >= room:
-            raise BadInput(f"token {int(at.max())} has no learned vector: the model knows {room} positions (positions={room})")
+            raise BadInput(f"token {int(at.max())} has no learned vector: the model knows {room} positions")
         return at
 
     def _check(self, inputs: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from hippodrome.channels.mlp import Mlp
@@ -32,6 +33,7 @@ def perceiver_ar(
     latents_per_position: int = 1,
     cross_after: tuple[int, ...] = (),
     query_offset: int = 0,
+    axes: tuple[int, ...] = (),
     dropout: float = 0.0,
     text: Text = LONG,
     train: TrainConfig = BUDGET,
@@ -49,9 +51,14 @@ def perceiver_ar(
         latents_per_position: Latents of each of these tokens, whose readings are averaged.
         cross_after: Blocks, counted from 0, behind which the context is read again.
         query_offset: Tokens that latents turn ahead when they read the context; 1: to the one that they predict.
+        axes: Sizes of the axes on which tokens have learned positions, the last the fastest, instead of rotary ones: such as
+            rows, columns and channels of pictures whose values are the tokens, a picture a row. None given: rotary.
         dropout: Of the embeddings and of what each block adds.
     """
     task = text.task(train)
+    if axes and math.prod(axes) < text.length:
+        places = math.prod(axes)
+        raise BadInput(f"axes are {axes}, of {places} places, and a row has {text.length} tokens: take --length {places}")
     settings: dict[str, Any] = {
         "eval_latents": eval_latents,
         "stride": stride,
@@ -61,7 +68,10 @@ def perceiver_ar(
         "crop": 1,
         "wavelength": float(max(2, text.length)),
     }
-    model = _model(task.ids, n_layer, d_model, d_ff, n_head, latents, dropout, "rotary", settings)
+    if axes:
+        settings |= {"rotary": 0.0}
+    embed = Tokens.Config(vocab_size=task.ids, axes=axes, dropout=dropout)
+    model = _model(embed, n_layer, d_model, d_ff, n_head, latents, settings)
     return RunConfig(model=model, task=task, train=train)
 
 
@@ -87,7 +97,8 @@ def mirror_copy(
         n_layer: Blocks over the latents, behind the cross-attention.
         d_model: Width.
         n_head: Attention heads.
-        latents: Tokens at the end of a row that are latents and targets in training; None: half of the row, at most 1024.
+        latents: Tokens at the end of a row that are latents and targets in training; None: all that are asked, at most 2049.
+            Fewer than are asked: rows end at a random place, so that each is a latent at times.
         eval_latents: Latents in scoring; None: as in training.
         stride: New tokens scored a pass; 0: the latents roll and no pass begins anew; None: half of the latents.
         latents_per_position: Latents of each of these tokens, whose readings are averaged.
@@ -96,40 +107,37 @@ def mirror_copy(
         rows: Of the test split, and of the valid split.
     """
     task = MirrorCopy.Config(length=length, test_rows=rows, seed=train.seed)
-    latents = min(1024, length // 2) if latents is None else latents
-    settings: dict[str, Any] = {"eval_latents": eval_latents, "stride": stride, "crop": max(1, length // 2)}
+    asked = length // 2 + 1
+    latents = min(2049, asked) if latents is None else latents
+    crop = None if latents >= asked else max(1, length // 2)
+    settings: dict[str, Any] = {"eval_latents": eval_latents, "stride": stride, "crop": crop}
     settings |= {"latents_per_position": latents_per_position, "cross_after": cross_after}
     settings |= {"wavelength": float(max(2, length)), "rotary": 0.5 if positions == "rotary" else 0.0}
-    model = _model(task.vocab_size, n_layer, d_model, None, n_head, latents, 0.0, positions, settings)
+    # Time scales in equal ratios up to the row: a slower wave tells no two places apart.
+    embed = Tokens.Config(vocab_size=task.vocab_size, sines=float(max(2, length)) if positions == "sines" else None)
+    model = _model(embed, n_layer, d_model, None, n_head, latents, settings)
     return RunConfig(model=model, task=task, train=train)
 
 
 def _model(
-    ids: int,
-    n_layer: int,
-    d_model: int,
-    d_ff: int | None,
-    n_head: int,
-    latents: int,
-    dropout: float,
-    positions: str,
-    settings: dict[str, Any],
+    embed: Tokens.Config, n_layer: int, d_model: int, d_ff: int | None, n_head: int, latents: int, settings: dict[str, Any]
 ) -> PerceiverAR.Config:
+    """The dropout is the embedding's; rotary positions where `settings` leave any to the cross-attention."""
     if n_head < 1 or d_model % n_head:
         raise BadInput(f"n_head {n_head} does not divide d_model {d_model}")
     if n_layer < 1:
         raise BadInput(f"n_layer is {n_layer}: it must be at least 1")
     turned = Rotary(dim=d_model // n_head // 4 * 2, base=settings["wavelength"], closed=True)
-    mixer = Attention.Config(n_head=n_head, position=turned if positions == "rotary" else None)
+    mixer = Attention.Config(n_head=n_head, position=turned if settings.get("rotary", 0.5) else None)
     channel = Mlp.Config(d_ff=d_ff, activation="relu2")
     return PerceiverAR.Config(
         d_model=d_model,
-        blocks=(BlockConfig(mixer=mixer, channel=channel, dropout=dropout),) * n_layer,
-        embed=Tokens.Config(vocab_size=ids, sines=None if positions == "rotary" else 10000.0, dropout=dropout),
+        blocks=(BlockConfig(mixer=mixer, channel=channel, dropout=embed.dropout),) * n_layer,
+        embed=embed,
         readout=LmReadout.Config(tied=False),
         latents=latents,
         n_head=n_head,
         channel=channel,
-        dropout=dropout,
+        dropout=embed.dropout,
         **settings,
     )

@@ -25,7 +25,12 @@ D, BATCH, LENGTH, VOCAB, CHANNELS, CLASSES = 8, 4, 5, 11, 2, 4
 SQUARE = Patches.Config(height=4, width=4, channels=CHANNELS, patch=2, token=True)
 ROW = Patches.Config(height=1, width=5, channels=CHANNELS, patch=1)
 EMBEDS = (
-    *(Tokens.Config(vocab_size=VOCAB), Tokens.Config(vocab_size=VOCAB, positions=9), Signal.Config(channels=CHANNELS)),
+    *(
+        Tokens.Config(vocab_size=VOCAB),
+        Tokens.Config(vocab_size=VOCAB, positions=9),
+        Tokens.Config(vocab_size=VOCAB, axes=(3, 3)),
+        Signal.Config(channels=CHANNELS),
+    ),
     *(SQUARE, ROW),
 )
 READOUTS = (

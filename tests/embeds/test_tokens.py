@@ -51,6 +51,24 @@ def test_more_tokens_than_positions_are_refused():
         embed(ids, seen + 1)
 
 
+def test_positions_of_several_axes_are_summed_by_coordinate():
+    """Two rows of three columns of two channels, with sums of one digit a coordinate."""
+    embed = Tokens.Config(vocab_size=3, axes=(2, 3, 2)).build(1)
+    with torch.no_grad():
+        embed.table.weight.zero_()
+        for table, values in zip(embed.axes, ([0, 100], [0, 10, 20], [1, 2]), strict=True):
+            table.weight.copy_(torch.tensor(values, dtype=torch.float32)[:, None])
+    ids = torch.zeros(1, 12, dtype=torch.int64)
+    assert embed(ids).flatten().tolist() == [1, 2, 11, 12, 21, 22, 101, 102, 111, 112, 121, 122]
+    assert embed(ids[:, :2].expand(2, 2), torch.tensor([6, 1])).flatten(1).tolist() == [[101, 102], [2, 11]]
+    embed(ids).sum().backward()
+    assert [table.weight.grad.flatten().tolist() for table in embed.axes] == [[6, 6], [4, 4, 4], [6, 6]]
+    with pytest.raises(BadInput, match="13 tokens, but only 12 positions"):
+        embed(torch.zeros(1, 13, dtype=torch.int64))
+    with pytest.raises(BadInput, match="token 12 has no learned vector: the model knows 12 positions"):
+        embed(ids[:, :1], torch.tensor([12]))
+
+
 def test_no_token_is_fine():
     assert Tokens.Config(vocab_size=10).build(4)(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 4)
 
@@ -67,6 +85,8 @@ def test_dropout_acts_in_training_only():
     [
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"positions": -1}, "positions is -1"),
+        ({"axes": (2, 0)}, r"axes are \(2, 0\): sizes of at least 1"),
+        ({"axes": (2, 3), "positions": 6}, "then positions must be 0, not 6"),
         ({"pad_to_multiple": 0}, "pad_to_multiple is 0"),
         ({"dropout": 1.5}, "dropout is 1.5"),
     ],

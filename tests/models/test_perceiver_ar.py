@@ -252,6 +252,21 @@ def test_a_pass_with_any_number_of_latents_is_the_authors(name):
             assert_close(found[row, : int(real.sum())], expected[row, real], 3e-5)
 
 
+def test_positions_of_two_axes_are_the_authors():
+    """Their case gives its coordinates, which are those of tokens from a place on."""
+    case, how, model = of_case("par_absolute_learned_2d_positions")
+    axes = tuple(how["input_idx_size"])
+    embed = Tokens.Config(vocab_size=how["num_classes"], pad_to_multiple=1, axes=axes).build(how["input_embed_dim"])
+    names = ["table", *(f"axes.{axis}" for axis in range(len(axes)))]
+    tables = [case[f"param.{ROOT}embed{f'_{i}' if i else ''}/embeddings"] for i in range(len(names))]
+    embed.load_state_dict({f"{name}.weight": table for name, table in zip(names, tables, strict=True)})
+    where = case["in.positions"].long()
+    first = where[:, 0, 0] * axes[1] + where[:, 0, 1]
+    x = embed(case["in.tokens"].long(), first)
+    assert_close(x, vectors(case, how, case["in.tokens"].long())[0])
+    assert_close(model.last(x), case["out.z8.logits"], 3e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in PASSES if "in.cotangent" in load(name)])
 def test_gradients_are_the_authors(name):
     case, how, model = of_case(name)
