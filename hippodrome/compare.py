@@ -19,9 +19,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from hippodrome.devices import choose_device
+from hippodrome.memory import count_parameters
 from hippodrome.metrics import read_metrics
 from hippodrome.model import ModelConfig
 from hippodrome.part import BadInput, to_dict
@@ -135,12 +134,6 @@ def _check_contexts(recipes: Mapping[str, RunConfig], longest: int) -> None:
         positions = getattr(config.model.embed, "positions", 0)
         if 0 < positions < longest:
             raise BadInput(f"{name} has learned {positions} positions: it cannot be timed over {longest} tokens")
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """How many numbers a model learns. Nothing is allocated."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model.build().parameters())
 
 
 def match(recipes: Mapping[str, RunConfig], tolerance: float = 0.02) -> dict[str, RunConfig]:

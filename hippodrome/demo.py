@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hippodrome.compare import compare, count_parameters, match, print_table
+from hippodrome.compare import compare, match, print_table
+from hippodrome.memory import count_parameters
 from hippodrome.progress import ProgressDisplay
 from hippodrome.recipes._lm import Text
 from hippodrome.recipes.h3 import h3

@@ -2,7 +2,8 @@
 
 A verb that takes recipes has a parameter `recipe` (one, with its name), `recipes` (by name) or `races` (recipes by the value
 of the flag that the verb's own `over` names); the flags of the recipes follow the verb's own. What a user did wrong ends in
-one line and exit code 2, Ctrl-C in 130; anything else is a bug and shows its traceback.
+one line and exit code 2, memory that does not suffice in one line and 1, Ctrl-C in 130; anything else is a bug and shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hippodrome import __version__, flags
+from hippodrome.memory import shortage
 from hippodrome.part import BadInput, nearest
 from hippodrome.recipes import find_recipe
 from hippodrome.run import RunConfig
@@ -40,6 +42,10 @@ def dispatch(verbs: Mapping[str, Verb], words: Sequence[str]) -> int:
         return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except KeyboardInterrupt:
         return _fail("stopped by Ctrl-C", code=130)
+    except Exception as failure:
+        if (lacking := shortage(failure)) is None:
+            raise
+        return _fail(f"{lacking}: give a smaller --batch-size, --micro-batch or --length, or a smaller model", code=1)
     return 0
 
 

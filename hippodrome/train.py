@@ -27,6 +27,7 @@ from hippodrome import devices
 from hippodrome.checkpoint import WEIGHTS, Checkpoints, write_weights
 from hippodrome.evaluate import evaluate
 from hippodrome.files import write_json
+from hippodrome.memory import build_on, shortage
 from hippodrome.metrics import MetricsLog
 from hippodrome.model import Model
 from hippodrome.optim import build_optimizer, schedule, set_rates
@@ -74,7 +75,7 @@ def train(
         _check_splits(task, settings)
         seed_place(settings.seed, 0, 0)
         held = devices.watch_memory(device)
-        model = config.model.build().to(device)
+        model = build_on(config.model, device)
         if settings.carry_state:
             _check_carrying(task, model, settings)
         model.activation_checkpointing = settings.activation_checkpointing
@@ -266,7 +267,7 @@ def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | N
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train the config in a JSON file: 0, or 2 after one line on what is wrong, or 130 after Ctrl-C."""
+    """Train the config in a JSON file: 0, or after one line 2 (what is wrong), 1 (memory is short); 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m hippodrome.train", description="Train the run a config describes.")
     parser.add_argument("config", type=Path, help="a RunConfig as JSON, such as the config.json of a run")
     parser.add_argument("folder", type=Path, help="the run's folder")
@@ -280,6 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as failure:
+        if (lacking := shortage(failure)) is None:
+            raise
+        print(f"error: {lacking}: take a smaller batch_size or micro_batch", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -254,6 +255,39 @@ def test_a_loss_that_is_not_finite(prepared, tmp_path):
     assert result.code == 2
     assert "nan at step" in result.complaint or "inf at step" in result.complaint
     assert "lower lr" in result.complaint
+    assert not unfinished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "wanted"), [(10**6, r"has [\d,]+ parameters, [\d,.]+ GB in fp32, and is too large"), (10**20, "is too large")]
+)
+def test_a_model_that_no_memory_holds(prepared, tmp_path, d_model, wanted):
+    result = lm(prepared, "--d-model", d_model, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert re.search(rf"a model of d_model {d_model} {wanted} .*take a smaller d_model", result.complaint)
+    assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "wanted"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "out of memory for 2.00 GiB more",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."), "out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_memory_that_a_step_lacks(prepared, tmp_path, monkeypatch, failure, wanted):
+    def lacking(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("hippodrome.step.Step.__call__", lacking)
+    result = lm(prepared, "--out", tmp_path / "run")
+    assert result.code == 1
+    assert result.complaint.startswith(f"hippodrome: {wanted}")
+    assert "--batch-size, --micro-batch or --length" in result.complaint
     assert not unfinished(tmp_path)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippodrome.memory import OUT_OF_MEMORY, shortage
 from hippodrome.part import BadInput, nearest
 
 OURS = "hippodrome"
@@ -36,7 +37,6 @@ AHEAD_CYCLES = 8_000_000
 """What the device idles through before each call, some 4 ms: the host launches all of a forward and backward meanwhile."""
 GPU_BUDGET_MS = 60.0
 CPU_REPEATS = 5
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,19 +239,9 @@ def summary(row: Row) -> str:
 def one_line(failure: BaseException) -> str:
     """The kind and the first line of what went wrong."""
     said = str(failure).strip().partition("\n")[0][:300]
-    for cause in _causes(failure):
-        if isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause):
-            wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
-            return f"{OUT_OF_MEMORY}{f' for {wanted[1]} more' if wanted else ''}"
+    if (lacking := shortage(failure)) is not None:
+        return lacking
     return said if isinstance(failure, (BadInput, Differs)) else f"{type(failure).__name__}: {said}"
-
-
-def _causes(failure: BaseException) -> Iterator[BaseException]:
-    """The failure and those it came from: a CUDA graph whose capture runs out of memory ends in another error."""
-    current: BaseException | None = failure
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -108,11 +108,13 @@ def _models(channels: int, layers: int, modes: int | None, vocabulary: int) -> d
 
 def _steps(bench: Bench, empty: Sequence[Row], config: ModelConfig, kept: torch.dtype | None) -> Iterator[Row]:
     bench.reseed()
+    bench.say(f"{empty[0].way}: building {len(config.blocks)} blocks of width {config.d_model:,}")
     with torch.device(bench.device):
         model = config.build().to(DTYPES[empty[0].dtype]).eval()
     for row in empty:
 
         def measured(row: Row) -> Row:
+            bench.say(f"{row.way}: {row.sizes['new_tokens']} tokens after {row.length:,}")
             new = row.sizes["new_tokens"]
             facts: list[dict[str, float]] = []
 

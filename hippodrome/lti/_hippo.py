@@ -8,6 +8,7 @@ FouT; S4 (Gu, Goel, Ré, ICLR 2022) for the low-rank correction. Rows and column
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,8 +62,11 @@ class Nplr:
     P: Complex
 
 
+@functools.lru_cache(maxsize=64)
 def nplr(measure: Measure, n: int) -> Nplr:
-    """Normal plus low rank, for an even n."""
+    """Normal plus low rank, for an even n. Decomposed once a process, as every channel of every layer asks for the same; the
+    arrays are read-only.
+    """
     a, b = transition(measure, n)
     p = low_rank(measure, n)
     normal = a + p.T @ p
@@ -75,9 +79,12 @@ def nplr(measure: Measure, n: int) -> Nplr:
         vectors[:, -1] = 0.0
         vectors[:2, -1] = np.sqrt(0.5), 1j * np.sqrt(0.5)
     vectors *= _phase_of_first_entry(vectors).conj()
-    return Nplr(
+    found = Nplr(
         w=decay + 1j * frequency, V=vectors, B=(vectors.conj().T @ b).astype(complex), P=(p @ vectors.conj()).astype(complex)
     )
+    for array in (found.w, found.V, found.B, found.P):
+        array.setflags(write=False)
+    return found
 
 
 def _phase_of_first_entry(vectors: Complex) -> Complex:

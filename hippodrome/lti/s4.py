@@ -268,7 +268,7 @@ def _pairs(values: Complex) -> np.ndarray:
 
 def _tensor(values: np.ndarray) -> Tensor:
     # torch.tensor and not from_numpy: the former heeds the device that a model is being built on, "meta" among them.
-    return torch.tensor(values.tolist(), dtype=torch.float32)
+    return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
 
 
 def _read_length(system: Any, _: Any) -> None:

@@ -154,7 +154,7 @@ def _initial(config: S4D.Config) -> tuple[Complex, Complex]:
 
 def _copies(values: np.ndarray, copies: int) -> Tensor:
     # torch.tensor and not from_numpy: the former heeds the device that a model is being built on, "meta" among them.
-    row = torch.tensor(values.tolist(), dtype=torch.float32)
+    row = torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
     return row.expand(copies, *row.shape).clone()
 
 

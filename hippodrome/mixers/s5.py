@@ -284,7 +284,7 @@ def _last(states: Tensor, before: S5State, lengths: Tensor | None) -> S5State:
 
 def _tensor(values: np.ndarray) -> Tensor:
     # torch.tensor and not from_numpy: the former heeds the device that a model is being built on, "meta" among them.
-    return torch.tensor(values.tolist(), dtype=torch.float32)
+    return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
 
 
 def _pairs(x: Tensor) -> Tensor:

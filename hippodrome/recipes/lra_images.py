@@ -11,11 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.signal import Signal
+from hippodrome.embeds.tokens import Tokens
 from hippodrome.lti.dlr import DLR
 from hippodrome.lti.dss import DSS
 from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
+from hippodrome.mixers.gss import GSS
+from hippodrome.mixers.linear_attention import LinearAttention
 from hippodrome.mixers.mega import Mega
 from hippodrome.mixers.s5 import S5
 from hippodrome.mixers.ssm import SSM
@@ -41,6 +45,7 @@ from hippodrome.tasks.pathfinder import Pathfinder
 from hippodrome.tasks.pathfinder_segmentation import PathfinderSegmentation
 
 Pixels = Literal["signal", "tokens"]
+Segmenting = Literal["dlr", "s4d", "s4", "dss", "gss", "s5", "mega", "mega_chunk", "linear_transformer"]
 
 
 def _segmenter(
@@ -119,7 +124,7 @@ def image(
 
 def pathfinder_segmentation(
     *,
-    mixer: Literal["dlr", "s4d", "s4", "dss", "s5", "mega_chunk"] = "dlr",
+    mixer: Segmenting = "dlr",
     resolution: Literal[128, 256, 512] = PathfinderSegmentation.Config.size,
     train_rows: int = PathfinderSegmentation.Config.train_rows,
     test_rows: int = PathfinderSegmentation.Config.test_rows,
@@ -129,7 +134,9 @@ def pathfinder_segmentation(
     """PathfinderSegmentation: for every pixel, is it on a path, and does that path join the discs? Macro F1.
 
     Args:
-        mixer: What reads the pixels, in both directions. d_state is 64 of all but dlr (as published) and mega_chunk (16).
+        mixer: What reads the pixels, in both directions, of gss from the left only; linear_transformer reads them as tokens
+            with learned positions, in 4 heads, between MLPs. d_state is 64 of all but dlr (as published), gss (512) and
+            mega and mega_chunk (16).
         resolution: Pixels a side; rows have its square.
         train_rows: Images drawn for training.
         test_rows: Images of the test split, and of the valid split.
@@ -141,21 +148,37 @@ def pathfinder_segmentation(
     )
     if n_layer < 1:
         raise BadInput(f"n_layer is {n_layer}: a model needs at least one block")
-    d_state = size.d_state or 64
-    mixers: dict[str, Callable[[], Mixer.Config]] = {
-        "dlr": lambda: published.mixer(size, task.length),
-        "s4d": lambda: SSM.Config(system=S4D.Config(d_state=d_state, init="legs", dt_min=1e-4), bidirectional=True),
-        "s4": lambda: SSM.Config(system=S4.Config(d_state=d_state, length=task.length, dt_min=1e-4), bidirectional=True),
-        "dss": lambda: SSM.Config(system=DSS.Config(d_state=d_state, dt_min=1e-4), bidirectional=True),
-        "s5": lambda: S5.Config(d_state=d_state, dt_min=1e-4, bidirectional=True),
-        "mega_chunk": lambda: Mega.Config(
-            d_state=size.d_state or 16, function="laplace", chunk=1024, bidirectional=True, truncation=4096
-        ),
-    }
-    block = BlockConfig(mixer=mixers[mixer](), dropout=size.dropout or 0.0)
+    attends = mixer == "linear_transformer"
+    d_ff = size.d_ff or (2 * d_model if attends else None)
+    block = BlockConfig(
+        mixer=_reader(mixer, published, size, task.length),
+        channel=None if d_ff is None else Mlp.Config(d_ff=d_ff),
+        dropout=size.dropout or 0.0,
+    )
+    # Sums over all keys do not know where a pixel stands; the other mixers do.
+    told = Tokens.Config(vocab_size=256, positions=task.length, dropout=size.dropout or 0.0)
+    embed = told if attends else Signal.Config()
     readout = Positions.Config(classes=3, balanced=True)
-    model = ModelConfig(d_model=d_model, blocks=(block,) * n_layer, embed=Signal.Config(), readout=readout)
+    model = ModelConfig(d_model=d_model, blocks=(block,) * n_layer, embed=embed, readout=readout)
+    task = replace(task, pixels="tokens" if attends else "signal")
     return RunConfig(model=model, task=task, train=training(published, budget))
+
+
+def _reader(mixer: Segmenting, published: Published, size: Size, length: int) -> Mixer.Config:
+    d_state = size.d_state or 64
+    mega = Mega.Config(d_state=size.d_state or 16, function="laplace", bidirectional=True, truncation=4096)
+    mixers: dict[Segmenting, Callable[[], Mixer.Config]] = {
+        "dlr": lambda: published.mixer(size, length),
+        "s4d": lambda: SSM.Config(system=S4D.Config(d_state=d_state, init="legs", dt_min=1e-4), bidirectional=True),
+        "s4": lambda: SSM.Config(system=S4.Config(d_state=d_state, length=length, dt_min=1e-4), bidirectional=True),
+        "dss": lambda: SSM.Config(system=DSS.Config(d_state=d_state, dt_min=1e-4), bidirectional=True),
+        "gss": lambda: GSS.Config(d_state=size.d_state or 512, init="lin"),
+        "s5": lambda: S5.Config(d_state=d_state, dt_min=1e-4, bidirectional=True),
+        "mega": lambda: mega,
+        "mega_chunk": lambda: replace(mega, chunk=1024),
+        "linear_transformer": lambda: LinearAttention.Config(n_head=size.n_head or 4, causal=False),
+    }
+    return mixers[mixer]()
 
 
 def _pixels(mixer: Name, asked: Pixels | None) -> Pixels:

@@ -88,6 +88,10 @@ def test_no_memory_is_seen_behind_another_error():
     failure = RuntimeError("capture failed")
     failure.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert one_line(failure) == "out of memory for 2.00 GiB more"
+    allocator = (
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes. Error code 12"
+    )
+    assert one_line(RuntimeError(allocator)) == "out of memory for 4.00 GiB more"
     assert one_line(Differs("differs")) == "differs"
 
 

@@ -189,6 +189,14 @@ def test_fixed_states_stay_and_keys_and_values_grow(found):
     assert linear == pytest.approx([(8 * wide * (n + 4) + 8) / (4 * wide * (128 + 1) + 8) for n in tokens])
 
 
+def test_what_a_state_is_measured_on_is_said_before_it_takes_time():
+    said = []
+    bench("state", CPU, ways=("S4D",), repeats=1, progress=said.append, **TINY["state"])
+    assert said[1:3] == ["S4D: building 1 blocks of width 128", "S4D: 2 tokens after 192"]
+    assert said[3].startswith("S4D, a token, 1 x 192: ")
+    assert said[4] == "S4D: 2 tokens after 256"
+
+
 def test_a_filled_state_has_seen_its_tokens():
     config = state_subject._models(128, 2, 16, 40)
     for way in ("H3", "linear attention", state_subject.TRANSFORMER):

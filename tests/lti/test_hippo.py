@@ -53,3 +53,10 @@ def test_phases_are_fixed():
     first = nplr("legs", 32).V[0]
     assert (first.real > 0).all()
     assert np.abs(first.imag).max() < 1e-12
+
+
+def test_a_matrix_is_decomposed_once_and_kept_from_changes():
+    found = nplr("legs", 32)
+    assert nplr("legs", 32) is found
+    with pytest.raises(ValueError, match="read-only"):
+        found.w[0] = 0

@@ -1,11 +1,14 @@
 """Recipes of images: the published sizes, for every mixer by name."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from hippodrome.part import BadInput
 from hippodrome.recipes import find_recipe
 from hippodrome.recipes._lra import Size
+from hippodrome.recipes.lra_images import Segmenting
 from hippodrome.task import Batch
 
 MIXERS = ("s4", "s4d", "dss", "dlr", "gss", "s5", "mega", "mega_chunk", "transformer", "linear_transformer")
@@ -54,8 +57,21 @@ def test_published_sizes_of_the_segmentation(resolution, published):
     assert (mixer.bidirectional, mixer.glu, config.model.readout.balanced, config.task.size) == (True, True, True, resolution)
 
 
-@pytest.mark.parametrize("mixer", ["dlr", "s4d", "s4", "dss", "s5", "mega_chunk"])
+@pytest.mark.parametrize("mixer", get_args(Segmenting))
 def test_a_segmentation_answers_at_every_pixel(mixer):
     size = Size(n_layer=1, d_model=8, d_state=8)
-    model = find_recipe("lra_images.pathfinder_segmentation")(mixer=mixer, size=size).model.build()
-    assert model(torch.randn(2, 256, 1)).logits.shape == (2, 256, 3)
+    config = find_recipe("lra_images.pathfinder_segmentation")(mixer=mixer, size=size)
+    attends = mixer == "linear_transformer"
+    assert config.task.pixels == ("tokens" if attends else "signal")
+    model = config.model.build()
+    pixels = torch.randint(256, (2, 256)) if attends else torch.randn(2, 256, 1)
+    assert model(pixels).logits.shape == (2, 256, 3)
+    assert model.causal == (mixer == "gss")
+
+
+def test_a_segmentation_knows_every_row_and_takes_mlps():
+    recipe = find_recipe("lra_images.pathfinder_segmentation")
+    linear, mega = recipe(mixer="linear_transformer", size=Size(n_head=8)).model, recipe(mixer="mega").model
+    assert (linear.embed.positions, linear.blocks[0].mixer.n_head, linear.blocks[0].channel.d_ff) == (128**2, 8, 256)
+    assert (mega.blocks[0].mixer.chunk, mega.blocks[0].mixer.d_state, mega.blocks[0].channel) == (None, 16, None)
+    assert recipe(mixer="s4d", size=Size(d_ff=32)).model.blocks[0].channel.d_ff == 32
