@@ -56,6 +56,15 @@ class Call:
     cap: float
     drop: float
 
+    @property
+    def side(self) -> int:
+        """The side of the tiles that are met, as the pattern has them: 16 where there are none."""
+        return self.a if self.code in (BUTTERFLY, CAUSAL_BUTTERFLY) else self.tile or 16
+
+    def even(self, n: int, offsets: Tensor | None, k_lengths: Tensor | None) -> bool:
+        """Whether every tile over n keys (or queries) has all of them: then wholly visible ones need no mask."""
+        return bool(self.tile) and n % self.side == 0 and offsets is None and k_lengths is None
+
     def numbers(self) -> tuple[int, int, int, int, int, int, float, float, float]:
         return (self.code, self.a, self.r, self.tile, self.slots_q, self.slots_k, self.scale, self.cap, self.drop)
 
@@ -283,8 +292,8 @@ def _fused(
     kernels.forward[grid, batch * heads, split](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
-        *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
-        **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
+        *_strides(q, k, v, y), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, SPLIT=split > 1,
+        EVEN=call.even(k.shape[2], offsets, k_lengths), **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
     )  # fmt: skip
     if slots:
         kernels.merge[joins.shape[1], batch * heads](
@@ -447,7 +456,8 @@ def _fused_backward(
     kernels.gradient_q[grid, rows](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
-        *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
+        *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, D_BIAS=of_bias,
+        EVEN=call.even(n_k, offsets, k_lengths), **flags, **ways,
     )  # fmt: skip
     if slots_q:
         _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
@@ -460,7 +470,8 @@ def _fused_backward(
     kernels.gradient_kv[grid, batch * many](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
-        *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
+        *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, GROUPED=together,
+        EVEN=call.even(n_q, offsets, k_lengths), **flags, **ways,
     )  # fmt: skip
     if slots_k:
         _total(lists[7], part, to_k, many, n_k, slots_k, 2 * N, 0, D, N)
