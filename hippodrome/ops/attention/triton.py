@@ -40,6 +40,14 @@ BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 6
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
+TILES = {
+    64: {16: ((64, 4, 3), (64, 4, 3), (64, 4, 3)), 32: ((64, 4, 3), (64, 4, 3), (64, 4, 3)),
+         64: ((64, 4, 3), (64, 4, 3), (32, 4, 3)), 128: ((64, 8, 3), (64, 8, 3), (32, 8, 2))},
+    128: {16: ((64, 4, 2), (64, 4, 2), (64, 4, 2)), 32: ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+          64: ((64, 4, 2), (64, 4, 2), (32, 8, 2)), 128: ((64, 8, 3), (64, 8, 3), (64, 8, 2))},
+}  # fmt: skip
+"""Padded width -> the side of the tiles that are met -> of the other side, warps and stages, of the same, in half precision."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -335,16 +343,11 @@ def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, i
 
 
 def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, about 64 of the other."""
-    other, warps, stages = 64, 4, 3 if D <= 64 else 2
-    if T == 128:
-        warps, stages = 4 if role == 0 and D <= 64 else 8, 3
-        if role == 2:
-            other, warps, stages = (32, 4, 2) if D <= 64 else (64, 8, 2)
-    elif role == 2 and T == 64 and D > 64:
-        other, warps = 32, 8
+    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, some of the other."""
     if wide or D > 128:
         other, warps, stages = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2
+    else:
+        other, warps, stages = TILES[max(64, D)][T][role]
     return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
 
 
