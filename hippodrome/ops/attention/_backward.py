@@ -31,16 +31,17 @@ def dot_products(
 
 @triton.jit
 def gradient_q(
-    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, lse, delta, d_q, d_bias, part,
+    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, y, lse, delta, d_q, d_bias, part,
     heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
     PADDED: tl.constexpr, D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries, or one piece of its sum; those of the bias on the way."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    """Gradients of a tile of queries, or one piece of its sum; on the way those of the bias and, with DELTA, `dot_products`'s:
+    y then lies in memory as d_q."""
+    tile = tl.program_id(0) if LIST else tl.num_programs(0) - 1 - tl.program_id(0)  # those that meet most come first
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
@@ -67,7 +68,13 @@ def gradient_q(
     base = row.to(tl.int64) * lse_row + q_0
     level = tl.load(lse + base + q_at, mask=q_in, other=float("-inf"))
     level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
-    loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
+    if DELTA:
+        y = line_of(y, b, h, q_0, so_b, so_h, so_t)
+        x_y = tl.load(y + q_at[:, None] * so_t + d_at[None, :], mask=within, other=0.0)
+        loss = tl.sum(x_y.to(tl.float32) * x_d.to(tl.float32), 1)
+        tl.store(delta + base + q_at, loss, mask=q_in)
+    else:
+        loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + h)
@@ -119,6 +126,15 @@ def gradient_q(
     else:
         lane = tl.arange(0, M)
         tl.store(part + ((row.to(tl.int64) * n_slots + slot) * M + lane)[:, None] * D + d_at[None, :], acc)
+
+
+@triton.jit
+def statistics(lse, delta, base, at, there, MASKED: tl.constexpr):
+    """Of rows the log-sum-exps in bits, 0 where a row sees nothing, and what their weights lose."""
+    level = tl.load(lse + base + at, mask=there, other=float("-inf")) if MASKED else tl.load(lse + base + at)
+    level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
+    loss = tl.load(delta + base + at, mask=there, other=0.0) if MASKED else tl.load(delta + base + at)
+    return level, loss
 
 
 @triton.jit
@@ -195,9 +211,7 @@ def gradient_kv(
                 load_in = q_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
                 x_q = tl.load(q_h + q_at[:, None] * sq_t + d_at[None, :], mask=load_in, other=0.0)
                 x_d = tl.load(d_h + q_at[:, None] * sd_t + d_at[None, :], mask=load_in, other=0.0)
-                level = tl.load(lse + base + q_at, mask=q_in, other=float("-inf"))
-                level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
-                loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
+                level, loss = statistics(lse, delta, base, q_at, q_in, EDGE or not TILED)
                 x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
                 here = k_in[:, None] & q_in[None, :]
                 s, rest = scores(x, q_at[None, :], k_at[:, None], here, q_pos[None, :], bias_h, slope, scale, cap, sb_q, sb_k,

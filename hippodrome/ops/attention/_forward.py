@@ -29,7 +29,7 @@ def forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exps of a tile of queries, or of one piece of its keys."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.program_id(0) if LIST else tl.num_programs(0) - 1 - tl.program_id(0)  # those that meet most come first
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)

@@ -451,16 +451,20 @@ def _fused_backward(
     delta = torch.empty_like(lse)
     flags = _flags(call, bias, slopes, offsets, k_lengths, lists)
     D, M, N, ways = _layout(1, q, bias is not None, call)
-    kernels.dot_products[-(-n_q // 64), rows](
-        y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
-    )
+    # Where a program meets few tiles, a pass over y and d_y more is felt.
+    with_delta = tile > 0 and not slots_q and d_lse is None and y.stride() == d_q.stride()
+    if not with_delta:
+        kernels.dot_products[-(-n_q // 64), rows](
+            y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64,
+            HAS_LSE=d_lse is not None,
+        )  # fmt: skip
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
     plan, grid = _plan(1, M, q, n_q, offsets, lists)
     kernels.gradient_q[grid, rows](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
-        d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
+        d_y, y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
         *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, D_BIAS=of_bias,
-        EVEN=call.even(n_k, offsets, k_lengths), **flags, **ways,
+        EVEN=call.even(n_k, offsets, k_lengths), DELTA=with_delta, **flags, **ways,
     )  # fmt: skip
     if slots_q:
         _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
