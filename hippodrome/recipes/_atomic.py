@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from hippodrome.channels.mlp import Mlp
 from hippodrome.embeds.signal import Signal
 from hippodrome.model import BlockConfig, Mixer, ModelConfig
 from hippodrome.part import BadInput
@@ -30,6 +31,8 @@ class Exercise:
     n_layer: int = 1
     """Layers of the one system: the paper's models have 1 or 6."""
     d_model: int = 128
+    d_ff: int | None = None
+    """Width inside an MLP after each layer; None: no MLPs, as the paper has it."""
     epochs: int = 12
     """Of 57,600 rows."""
     steps: int | None = None
@@ -57,9 +60,10 @@ def atomic(mixer: Mixer.Config, exercise: Exercise, *, lr: float) -> RunConfig:
     if exercise.n_layer < 1:
         raise BadInput(f"n_layer is {exercise.n_layer}: it must be at least 1")
     task = Atomic.Config(task=exercise.task, length=exercise.length, test_rows=exercise.test_rows)
+    channel = None if exercise.d_ff is None else Mlp.Config(d_ff=exercise.d_ff)
     model = ModelConfig(
         d_model=exercise.d_model,
-        blocks=(BlockConfig(mixer=mixer, norm="scalar", order="post"),) * exercise.n_layer,
+        blocks=(BlockConfig(mixer=mixer, channel=channel, norm="scalar", order="post"),) * exercise.n_layer,
         embed=Signal.Config(channels=task.channels),
         readout=Regression.Config(outputs=task.outputs),
         # What the authors' linear maps of this width start with: uniform in +-1 / sqrt(width).
