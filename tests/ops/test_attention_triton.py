@@ -1,5 +1,7 @@
 """attention by its Triton programs: in the interpreter on CPU tensors, and on the device."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,8 +11,21 @@ from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
 from hippodrome.ops.attention import _tiles, attention
 from hippodrome.ops.attention import triton as backend
+from hippodrome.ops.attention._spelled import read, spelled
 from hippodrome.part import BadInput
-from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Prefix, Strided, Window
+from hippodrome.patterns import (
+    BigBird,
+    Butterfly,
+    Causal,
+    Chunk,
+    Full,
+    Global,
+    Pattern,
+    Prefix,
+    Random,
+    Strided,
+    Window,
+)
 from tests.support import interpreted
 
 
@@ -211,11 +226,80 @@ def test_a_butterfly_compiles(on_cpu):
     assert reason(q) is None
 
 
+TABLE = (((3, 3), (0, 2)), ((3, 0), (2, 1)))
+LISTED = [
+    BigBird(tile=16),
+    BigBird(tile=16, form="encoder"),
+    BigBird(tile=16, n_random=2, form="encoder", length=64, table=TABLE),
+    Random(16, 2),
+    Butterfly(24) & Causal(),
+    Global(5) | Window(9) & Strided(7),
+]
+
+
 @interpreted
-def test_a_compiled_call_makes_its_lists_outside_of_the_graph(on_cpu):
-    q = torch.randn(1, 2, 64, 16)
-    compiled = torch.compile(lambda q: 2 * backend._triton(q, q, q, BigBird(tile=16)), backend="aot_eager")
-    assert torch.equal(compiled(q), 2 * backend._triton(q, q, q, BigBird(tile=16)))
+@pytest.mark.parametrize("pattern", LISTED, ids=str)
+def test_patterns_through_lists_are_one_graph(on_cpu, pattern):
+    def call(q, k, v):
+        return backend._triton(q, k, v, pattern.sized(q.shape[2], q.shape[1]))
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    # From the third length on sizes are unknown to the graph.
+    for length in (64, 48, 33) if "table" not in str(pattern) or "table=None" in str(pattern) else (64,):
+        leaves = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in "qkv"]
+        y, exact = compiled(*leaves), call(*leaves)
+        assert torch.equal(y, exact)
+        d_y = torch.randn_like(y)
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(exact, leaves, d_y)))
+
+
+@interpreted
+def test_the_leaves_are_what_torch_takes_them_for(on_cpu):
+    q, bias = torch.randn(1, 2, 64, 16, requires_grad=True), torch.randn(1, 2, 64, 64, requires_grad=True)
+    for pattern in (BigBird(tile=16), Window(9)):
+        call, listed = backend._walks(q, q, pattern, (0.25, 2.0, 0.0))
+        given = q, q, q, bias, None, None, None, None, None, *listed, *call.numbers()
+        torch.library.opcheck(torch.ops.hippodrome.attention_fused.default, given)
+        plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+        y, lse = torch.ops.hippodrome.attention_fused(*plain)
+        given = torch.randn_like(y), torch.randn_like(lse), y, lse, *plain, True
+        torch.library.opcheck(torch.ops.hippodrome.attention_fused_backward.default, given)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), *LISTED], ids=str)
+def test_a_pattern_is_spelled(pattern):
+    assert read(*spelled(pattern)) == pattern
+
+
+def test_a_class_that_is_defined_anew_is_another():
+    def defined():
+        @dataclasses.dataclass(frozen=True)
+        class Mine(Pattern):
+            word: str = "100%d"
+
+        return Mine()
+
+    first, second = defined(), defined()
+    assert [type(read(*spelled(pattern))) for pattern in (first, second)] == [type(first), type(second)]
+    with pytest.raises(BadInput, match=r"frozenset.* in a pattern"):
+        spelled(dataclasses.replace(first, word=frozenset()))
+
+
+def test_lists_are_free_of_the_callers_modes():
+    _tiles._cached.clear()
+    with torch.inference_mode(), torch.device("meta"):
+        of_q, *_ = _tiles.lists(BigBird(tile=16), 64, 64, 2, 16, torch.device("cpu"))
+    assert of_q.plan.device.type == "cpu"
+    assert not of_q.plan.is_inference()
+
+
+def test_lists_are_not_made_in_a_capture(monkeypatch):
+    """With a device that only says that it is captured."""
+    _tiles._cached.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BadInput, match="call it once before the capture"):
+        _tiles.lists(BigBird(tile=16), 64, 64, 2, 16, torch.device("cuda", 0))
 
 
 @interpreted

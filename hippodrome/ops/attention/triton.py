@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from hippodrome.ops._flops import count_flops
 from hippodrome.ops._op import announced, capability, on_its_device
 from hippodrome.ops.attention import _tiles, attention
-from hippodrome.ops.attention._check import numbers as read
+from hippodrome.ops.attention._check import numbers as on_host
+from hippodrome.ops.attention._spelled import Spelled, read, spelled
 from hippodrome.patterns import And, Butterfly, Causal, Chunk, Full, Pattern, Prefix, Window
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,6 +29,8 @@ CODES: dict[type[Pattern], int] = {Full: 0, Causal: 1, Window: 2, Chunk: 3, Pref
 """The patterns that the kernels compute as intervals: `_walk.FULL`, ..."""
 BUTTERFLY, CAUSAL_BUTTERFLY = 5, 6
 """Those that they compute from the numbers of tiles; any other is a list of tiles."""
+UNLISTED: Spelled = ("", ())
+"""In the place of a pattern, where there are no lists."""
 PROGRAMS = 264
 """Programs from which on a GPU is busy: below, the keys of few queries are cut into pieces."""
 PIECE = 512
@@ -50,14 +53,12 @@ class Call:
     r: int
     tile: int
     """The side of a program's own tiles, of a butterfly or in lists; 0: an interval."""
-    slots_q: int
-    slots_k: int
     scale: float
     cap: float
     drop: float
 
-    def numbers(self) -> tuple[int, int, int, int, int, int, float, float, float]:
-        return (self.code, self.a, self.r, self.tile, self.slots_q, self.slots_k, self.scale, self.cap, self.drop)
+    def numbers(self) -> tuple[int, int, int, int, float, float, float]:
+        return (self.code, self.a, self.r, self.tile, self.scale, self.cap, self.drop)
 
 
 def _why_not(
@@ -208,10 +209,10 @@ def _launched(
     offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None, numbers: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`counters`: of dropout, the seed and the numbers of the first query and key. `numbers`: scale, softcap and dropout."""
-    call, lists = _walks(q, k, pattern, numbers)
+    call, listed = _walks(q, k, pattern, numbers)
     q, k, v = (_lines(t) for t in (q, k, v))
-    given = q, k, v, bias, slopes, counters, offsets, k_offsets, k_lengths, lists
-    return torch.ops.hippodrome.attention_fused(*given, *call.numbers())
+    given = q, k, v, bias, slopes, counters, offsets, k_offsets, k_lengths
+    return torch.ops.hippodrome.attention_fused(*given, *listed, *call.numbers())
 
 
 def _each_document(
@@ -219,7 +220,7 @@ def _each_document(
     offsets: Tensor, k_offsets: Tensor, numbers: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A pack whose documents have lists of their own, one after another."""
-    at, k_at = read(offsets), read(k_offsets)
+    at, k_at = on_host(offsets), on_host(k_offsets)
     sizes, k_sizes = ([b - a for a, b in itertools.pairwise(ends)] for ends in (at, k_at))
     # Pieces of one split: their gradients are put together once.
     keys, values = k.split(k_sizes, 2), v.split(k_sizes, 2)
@@ -235,24 +236,29 @@ def _each_document(
     return torch.cat([y for y, _ in found], 2), torch.cat([lse for _, lse in found], 2)
 
 
-def _walks(q: Tensor, k: Tensor, pattern: Pattern, numbers: tuple[float, float, float]) -> tuple[Call, list[Tensor]]:
-    """How the kernels find their tiles: as an interval, as a butterfly, or by lists."""
+def _walks(q: Tensor, k: Tensor, pattern: Pattern, numbers: tuple[float, float, float]) -> tuple[Call, Spelled]:
+    """How the kernels find their tiles: as an interval, as a butterfly, or by the lists of a pattern, which is spelled."""
     code = CODES.get(type(pattern))
     if code is not None:
         size, right = getattr(pattern, "size", 0), getattr(pattern, "right", 0)
-        return Call(code, size, right, 0, 0, 0, *numbers), []
+        return Call(code, size, right, 0, *numbers), UNLISTED
     tile = _tiles.side(pattern, 64 if q.dtype == torch.float32 else 128)
     found = _butterfly(pattern, k.shape[2] - q.shape[2])
     if found is not None:
-        return Call(*found, tile, 0, 0, *numbers), []
-    # Not a decorator there: that imports the compiler.
-    listed = torch.compiler.disable(_tiles.lists) if torch.compiler.is_compiling() else _tiles.lists
-    of_q, of_k, table, triangular = listed(pattern, q.shape[2], k.shape[2], q.shape[1], tile, q.device)
-    return Call(CODES[Causal] if triangular else 0, 0, 0, tile, of_q.slots, of_k.slots, *numbers), [
-        *of_q.tensors(),
-        *of_k.tensors(),
-        table,
-    ]
+        return Call(*found, tile, *numbers), UNLISTED
+    return Call(CODES[Full], 0, 0, tile, *numbers), spelled(pattern)
+
+
+def _listed(q: Tensor, k: Tensor, pattern: str, sizes: list[int], call: Call) -> tuple[Call, int, int, list[Tensor]]:
+    """The call, slots for pieces of rows and of columns, and the lists. The leaves ask for those, not their callers: what
+    depends on a pattern and lengths alone is no part of a graph, and whoever remembers a call remembers no lists.
+    """
+    if not pattern:
+        return call, 0, 0, []
+    lengths = q.shape[2], k.shape[2], q.shape[1]
+    of_q, of_k, table, triangular = _tiles.lists(read(pattern, tuple(sizes)), *lengths, call.tile, q.device)
+    call = replace(call, code=CODES[Causal if triangular else Full])
+    return call, of_q.slots, of_k.slots, [*of_q.tensors(), *of_k.tensors(), table]
 
 
 def _lines(t: Tensor) -> Tensor:
@@ -266,17 +272,17 @@ def _lines(t: Tensor) -> Tensor:
 @on_its_device
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None,
-    k_offsets: Tensor | None, k_lengths: Tensor | None, lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int,
-    slots_k: int, scale: float, cap: float, drop: float,
+    k_offsets: Tensor | None, k_lengths: Tensor | None, pattern: str, sizes: list[int], code: int, a: int, r: int, tile: int,
+    scale: float, cap: float, drop: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs like q and log-sum-exps (B, H, Lq)."""
     from hippodrome.ops.attention import _forward as kernels
 
-    call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
+    call, slots_q, _, lists = _listed(q, k, pattern, sizes, Call(code, a, r, tile, scale, cap, drop))
     y, lse = _outputs(q)
     batch, heads, n_q, width = q.shape
     D, M, N, ways = _layout(0, q, bias is not None, call)
-    split, slots, joins = _split(q, k, M, call, lists, offsets)
+    split, slots, joins = _split(q, k, M, call, slots_q, lists, offsets)
     part = q.new_empty(batch * heads * slots, M, D, dtype=torch.float32)
     part_lse = q.new_empty(batch * heads * slots, M, dtype=torch.float32)
     plan, grid = _plan(0, M, q, n_q, offsets, lists)
@@ -340,11 +346,11 @@ def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, 
 
 
 def _split(
-    q: Tensor, k: Tensor, M: int, call: Call, lists: list[Tensor], offsets: Tensor | None
+    q: Tensor, k: Tensor, M: int, call: Call, slots: int, lists: list[Tensor], offsets: Tensor | None
 ) -> tuple[int, int, Tensor]:  # fmt: skip
     """Pieces of the keys, slots for them, and which of them make a tile."""
     if call.tile:
-        return 1, call.slots_q, lists[3] if lists else q
+        return 1, slots, lists[3] if lists else q
     n_q, rows, tiles = q.shape[2], q.shape[0] * q.shape[1], -(-q.shape[2] // M)
     pieces = 1 if n_q > FEW or offsets is not None else min(PROGRAMS // (rows * tiles), k.shape[2] // PIECE)
     if pieces < 2:
@@ -425,13 +431,12 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 def _fused_backward(
     d_y: Tensor, d_lse: Tensor | None, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     slopes: Tensor | None, seed: Tensor | None, offsets: Tensor | None, k_offsets: Tensor | None, k_lengths: Tensor | None,
-    lists: list[Tensor], code: int, a: int, r: int, tile: int, slots_q: int, slots_k: int,
-    scale: float, cap: float, drop: float, of_bias: bool,
+    pattern: str, sizes: list[int], code: int, a: int, r: int, tile: int, scale: float, cap: float, drop: float, of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the bias (B, H, Lq, Lk), empty if none is asked for."""
     from hippodrome.ops.attention import _backward as kernels
 
-    call = Call(code, a, r, tile, slots_q, slots_k, scale, cap, drop)
+    call, slots_q, slots_k, lists = _listed(q, k, pattern, sizes, Call(code, a, r, tile, scale, cap, drop))
     batch, heads, n_q, width = q.shape
     group, n_k, rows = heads // k.shape[1], k.shape[2], batch * heads
     d_q, d_k, d_v, d_bias = _gradients(q, k, bias, of_bias)
@@ -492,35 +497,32 @@ def _(d_y: Any, d_lse: Any, y: Any, lse: Any, q: Tensor, k: Tensor, v: Any, bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, lists = inputs[:10]
-    ctx.numbers = inputs[10:]
+    ctx.numbers = inputs[9:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *tensors, *lists)
+    ctx.save_for_backward(*output, *inputs[:9])
 
 
 def _grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-    y, lse, *rest = ctx.saved_tensors
-    tensors, lists = rest[:9], rest[9:]
+    y, lse, *tensors = ctx.saved_tensors
     bias = tensors[3]
     of_bias = bias is not None and ctx.needs_input_grad[3]
     d_y = torch.zeros_like(y) if d_y is None else _lines(d_y)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, lists, *ctx.numbers, of_bias)
-    none = [None] * len(lists)
-    return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * 5, none, *[None] * len(ctx.numbers)
+    *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, *ctx.numbers, of_bias)
+    return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * 5, *[None] * len(ctx.numbers)
 
 
 _fused.register_autograd(_grad, setup_context=_save)
 
 
-def _pairs(q: Tensor, k: Tensor, lists: list[Any], code: int, a: int, r: int, tile: int) -> int:
+def _pairs(q: Tensor, k: Tensor, pattern: str, sizes: list[int], code: int, a: int, r: int, tile: int) -> int:
     """Pairs of a query and a key that are worked on: those of kept tiles, or within an interval's triangle or band."""
     rows, n_q, n_k = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     if code in (BUTTERFLY, CAUSAL_BUTTERFLY):
         return rows * a * a * _butterfly_tiles((n_k - n_q) // a, -(-n_k // a), r, code == CAUSAL_BUTTERFLY)
-    if lists:
-        heads = lists[0].shape[0]
-        return q.shape[0] * lists[1].shape[0] * tile * tile * (1 if heads > 1 else q.shape[1])
+    if pattern:
+        *_, lists = _listed(q, k, pattern, sizes, Call(code, a, r, tile, 1.0, 0.0, 0.0))
+        return q.shape[0] * lists[1].shape[0] * tile * tile * (1 if lists[0].shape[0] > 1 else q.shape[1])
     triangle = n_q * n_k - n_q * (n_q - 1) // 2 if n_k >= n_q else n_k * (n_k + 1) // 2
     if code == CODES[Full]:
         return rows * n_q * n_k
@@ -534,9 +536,9 @@ def _butterfly_tiles(first: int, n: int, powers: int, causal: bool) -> int:
     return sum(1 + sum((i ^ bit) < (i if causal else n) for bit in bits) for i in range(first, n))
 
 
-def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, lists: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
+def _flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, pattern: str, sizes: list[int], code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
     """Two products, two a multiply-add. Packs are counted as if one document."""
-    return 4 * q.shape[3] * _pairs(q, k, lists, code, a, r, tile)
+    return 4 * q.shape[3] * _pairs(q, k, pattern, sizes, code, a, r, tile)
 
 
 def _flops_backward(d_y: Any, d_lse: Any, y: Any, lse: Any, *rest: Any, **out: Any) -> int:
