@@ -148,6 +148,32 @@ def test_a_butterfly_is_computed(on_cpu, monkeypatch, pattern, lengths):
     assert_same(backend._triton, pattern, (1, 2, 1, *lengths, 16), torch.float16)
 
 
+WHOLE = [
+    *BUTTERFLIES[:4],
+    Butterfly(128),
+    BigBird(tile=16, form="encoder", length=256),
+    BigBird(tile=16, form="encoder", length=256, n_random=2) & Causal(),
+    BigBird(tile=32),
+    Global(5) | Window(9),
+    Butterfly(16) & Chunk(128),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", WHOLE, ids=str)
+@pytest.mark.parametrize("lengths", [(256, 256), (128, 256)], ids=str)
+def test_lengths_of_whole_tiles(on_cpu, pattern, lengths):
+    """Their wholly visible tiles are walked without a mask, and of small ones those that do not fill a step with the others."""
+    assert_same(backend._triton, pattern, (1, 4, 2, *lengths, 16), torch.float16)
+
+
+@interpreted
+def test_options_on_whole_tiles(on_cpu):
+    options = {"with_bias": True, "softcap": 3.0, "slopes": torch.tensor([0.1, 0.2]), "dropout": 0.3, "seed": 5}
+    for pattern in (Butterfly(32) & Causal(), BigBird(tile=16)):
+        assert_same(backend._triton, pattern, (2, 2, 1, 128, 128, 24), **options)
+
+
 @interpreted
 @pytest.mark.parametrize("pattern", BUTTERFLIES, ids=str)
 def test_a_butterfly_of_a_pack_is_computed(on_cpu, monkeypatch, pattern):
@@ -383,6 +409,18 @@ CAUSAL_TILES = [BigBird(tile=64), BigBird(tile=32), Butterfly(64) & Causal(), Bu
 @pytest.mark.parametrize("width", [64, 128])
 def test_causal_tiles_on_a_device(pattern, width):
     assert_same(forced, pattern, (1, 4, 2, 2000, 2000, width), torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+def test_lengths_of_whole_tiles_on_the_device(tile, width):
+    bird = BigBird(tile=tile, form="encoder").sized(2048, 4)
+    for pattern in (Butterfly(tile), Butterfly(tile) & Causal(), bird, bird & Causal(), BigBird(tile=tile)):
+        shape = (2, 4, 2, 2048, 2048, width)
+        found = assert_same(forced, pattern, shape, torch.bfloat16, "cuda")
+        again = run(forced, pattern, shape, torch.bfloat16, "cuda")
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 def forced(*args, **options):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from hippodrome.ops.attention._pairs import LOG2E, chance, hidden, kept, line_of, scores
-from hippodrome.ops.attention._walk import _BUTTERFLY, listed, met, place, real_keys, stretch, walk_keys, walk_queries
+from hippodrome.ops.attention._walk import _BUTTERFLY, ahead, listed, met, place, real_keys, stretch, walk_keys, walk_queries
 
 
 @triton.jit
@@ -31,15 +31,17 @@ def dot_products(
 
 @triton.jit
 def gradient_q(
-    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, lse, delta, d_q, d_bias, part,
+    q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, y, lse, delta, d_q, d_bias, part,
     heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    PADDED: tl.constexpr, D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, D_BIAS: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, EVEN: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries, or one piece of its sum; those of the bias on the way."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    """Gradients of a tile of queries, or one piece of its sum; on the way those of the bias and, with DELTA, `dot_products`'s:
+    y then lies in memory as d_q."""
+    tile = tl.program_id(0) if LIST else tl.num_programs(0) - 1 - tl.program_id(0)  # those that meet most come first
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
@@ -66,7 +68,13 @@ def gradient_q(
     base = row.to(tl.int64) * lse_row + q_0
     level = tl.load(lse + base + q_at, mask=q_in, other=float("-inf"))
     level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
-    loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
+    if DELTA:
+        y = line_of(y, b, h, q_0, so_b, so_h, so_t)
+        x_y = tl.load(y + q_at[:, None] * so_t + d_at[None, :], mask=within, other=0.0)
+        loss = tl.sum(x_y.to(tl.float32) * x_d.to(tl.float32), 1)
+        tl.store(delta + base + q_at, loss, mask=q_in)
+    else:
+        loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + h)
@@ -76,19 +84,21 @@ def gradient_q(
     if D_BIAS:
         d_bias += (row.to(tl.int64) * lse_row + q_0) * bias_row + k_0
     TILED: tl.constexpr = LIST or XOR
-    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY and N <= T else 2
     STEP: tl.constexpr = N // T if LIST and N > T else 1  # several listed tiles, or a share of one
     first, whole, end, last, own, bits = walk_keys(
         at, shift, n_q, n_k, k_end, begin, middle, finish, A, R, T, M, N, CODE, LIST, XOR
     )
     acc = tl.zeros((M, D), tl.float32)
+    unmet = bits
     for stage in tl.static_range(STAGES):
-        i_0, i_1, unmet = stretch(first, whole, end, last, own, bits, stage, LIST)
+        unmet = ahead(unmet, bits, cols, first, last, T, N, CODE, stage, LIST, XOR)
+        i_0, i_1 = stretch(first, whole, end, last, stage, LIST)
         for i in tl.range(i_0, i_1, STEP, num_stages=1 if TILED and stage == 1 else None):
             j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-            k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
+            k_at, there, mask, unmet = met(j, cols, ids, last, unmet, own, 0, T, N, LIST, TABLE and stage == 1, XOR)
             k_in = there & (k_at < k_end)
-            EDGE: tl.constexpr = TILED or stage == 1
+            EDGE: tl.constexpr = stage == 1 or (TILED and not EVEN)
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
             x_v = tl.load(v + k_at[:, None] * sv_t + d_at[None, :], mask=load_in, other=0.0)
@@ -119,13 +129,23 @@ def gradient_q(
 
 
 @triton.jit
+def statistics(lse, delta, base, at, there, MASKED: tl.constexpr):
+    """Of rows the log-sum-exps in bits, 0 where a row sees nothing, and what their weights lose."""
+    level = tl.load(lse + base + at, mask=there, other=float("-inf")) if MASKED else tl.load(lse + base + at)
+    level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
+    loss = tl.load(delta + base + at, mask=there, other=0.0) if MASKED else tl.load(delta + base + at)
+    return level, loss
+
+
+@triton.jit
 def gradient_kv(
     q, k, v, bias, slopes, seed, plan, cols, ids, table, offsets, k_offsets, k_lengths, d_y, lse, delta, d_k, d_v, part,
     heads, group, n_q, n_k, lse_row, bias_row, width, n_plan, n_slots, scale, cap, drop, A, R,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sd_b, sd_h, sd_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    PADDED: tl.constexpr, PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, PER_HEAD: tl.constexpr, GROUPED: tl.constexpr, XOR: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the heads that read them, or one piece of the sum.
 
@@ -159,7 +179,7 @@ def gradient_kv(
     x_v = tl.load(v + k_at[:, None] * sv_t + d_at[None, :], mask=within, other=0.0)
     key, q_n, k_n = chance(seed, q_0, k_0, DROP)
     TILED: tl.constexpr = LIST or XOR
-    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY and M <= T else 2
     STEP: tl.constexpr = M // T if LIST and M > T else 1  # several listed tiles, or a share of one
     first, whole, end, last, own, bits = walk_queries(
         at, shift, n_q, n_k, begin, middle, finish, A, R, T, N, M, CODE, LIST, XOR
@@ -178,20 +198,20 @@ def gradient_kv(
         bias_h = bias
         if BIAS:
             bias_h = line_of(bias, b, h, q_0, sb_b, sb_h, sb_q) + k_0.to(tl.int64) * sb_k
+        unmet = bits
         for stage in tl.static_range(STAGES):
-            i_0, i_1, unmet = stretch(first, whole, end, last, own, bits, stage, LIST)
+            unmet = ahead(unmet, bits, cols, first, last, T, M, CODE, stage, LIST, XOR)
+            i_0, i_1 = stretch(first, whole, end, last, stage, LIST)
             for i in tl.range(i_0, i_1, STEP, num_stages=1 if TILED and stage == 1 else None):
                 j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-                q_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, shift, A, T, M, LIST, TABLE and stage == 1, XOR)
+                q_at, there, mask, unmet = met(j, cols, ids, last, unmet, own, shift, T, M, LIST, TABLE and stage == 1, XOR)
                 q_in = there & (q_at < n_q)
                 q_pos = q_at + shift
-                EDGE: tl.constexpr = TILED or stage == 1
+                EDGE: tl.constexpr = stage == 1 or (TILED and not EVEN)
                 load_in = q_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
                 x_q = tl.load(q_h + q_at[:, None] * sq_t + d_at[None, :], mask=load_in, other=0.0)
                 x_d = tl.load(d_h + q_at[:, None] * sd_t + d_at[None, :], mask=load_in, other=0.0)
-                level = tl.load(lse + base + q_at, mask=q_in, other=float("-inf"))
-                level = tl.where(level == float("-inf"), 0.0, level) * LOG2E
-                loss = tl.load(delta + base + q_at, mask=q_in, other=0.0)
+                level, loss = statistics(lse, delta, base, q_at, q_in, EDGE or not TILED)
                 x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
                 here = k_in[:, None] & q_in[None, :]
                 s, rest = scores(x, q_at[None, :], k_at[:, None], here, q_pos[None, :], bias_h, slope, scale, cap, sb_q, sb_k,

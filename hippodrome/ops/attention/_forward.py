@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hippodrome.ops.attention._pairs import LN2, LOG2E, chance, hidden, kept, line_of, scores
-from hippodrome.ops.attention._walk import _BUTTERFLY, listed, met, place, real_keys, stretch, walk_keys
+from hippodrome.ops.attention._walk import _BUTTERFLY, ahead, listed, met, place, real_keys, stretch, walk_keys
 
 
 @triton.jit
@@ -25,10 +25,11 @@ def forward(
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, so_b, so_h, so_t, sb_b, sb_h, sb_q, sb_k,
     T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CODE: tl.constexpr, LIST: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr, CAP: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
-    PADDED: tl.constexpr, SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, SPLIT: tl.constexpr, PER_HEAD: tl.constexpr, XOR: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exps of a tile of queries, or of one piece of its keys."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.program_id(0) if LIST else tl.num_programs(0) - 1 - tl.program_id(0)  # those that meet most come first
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
@@ -56,7 +57,7 @@ def forward(
     if BIAS:
         bias = line_of(bias, b, h, q_0, sb_b, sb_h, sb_q) + k_0.to(tl.int64) * sb_k
     TILED: tl.constexpr = LIST or XOR
-    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY else 2
+    STAGES: tl.constexpr = 1 if CODE == _BUTTERFLY and N <= T else 2
     STEP: tl.constexpr = N // T if LIST and N > T else 1  # several listed tiles, or a share of one
     first, whole, end, last, own, bits = walk_keys(
         at, shift, n_q, n_k, k_end, begin, middle, finish, A, R, T, M, N, CODE, LIST, XOR
@@ -75,13 +76,15 @@ def forward(
     top = tl.full((M,), float("-inf"), tl.float32)
     mass = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
+    unmet = bits
     for stage in tl.static_range(STAGES):
-        i_0, i_1, unmet = stretch(first, whole, end, last, own, bits, stage, LIST)
+        unmet = ahead(unmet, bits, cols, first, last, T, N, CODE, stage, LIST, XOR)
+        i_0, i_1 = stretch(first, whole, end, last, stage, LIST)
         for i in tl.range(i_0, i_1, STEP, num_stages=1 if TILED and stage == 1 else None):
             j = i if TILED or stage == 0 else tl.where(i < whole, i, i + (end - whole))
-            k_at, there, mask, unmet = met(j, cols, ids, i_1, unmet, own, 0, A, T, N, LIST, TABLE and stage == 1, XOR)
+            k_at, there, mask, unmet = met(j, cols, ids, last, unmet, own, 0, T, N, LIST, TABLE and stage == 1, XOR)
             k_in = there & (k_at < k_end)
-            EDGE: tl.constexpr = TILED or stage == 1
+            EDGE: tl.constexpr = stage == 1 or (TILED and not EVEN)
             load_in = k_in[:, None] & d_in[None, :] if EDGE else d_in[None, :]
             x_k = tl.load(k + k_at[:, None] * sk_t + d_at[None, :], mask=load_in, other=0.0)
             x_v = tl.load(v + k_at[:, None] * sv_t + d_at[None, :], mask=load_in, other=0.0)

@@ -17,7 +17,7 @@ from hippodrome.patterns import Causal, Pattern
 Key = tuple[Pattern, int, int, int, int, torch.device]
 Walk = tuple["Lists", "Lists", Tensor, bool]
 
-LONGEST = 64
+LONGEST = 32
 """Tiles that a program walks over at most, unless most rows have more: longer rows are cut into pieces."""
 SIDES = (128, 64, 32, 16)
 """Tiles that the kernels know."""
@@ -35,8 +35,9 @@ _lock = threading.Lock()
 @dataclass(frozen=True)
 class Lists:
     """Tiles of all rows: `plan` (heads, programs, 5) holds a row, where its wholly visible tiles begin and end in `members`,
-    where its partly visible ones end, and a slot for a piece of a row (-1: the row is whole); `masks`, one a member, says which
-    of the masks of partly visible tiles is its own; `joins` (heads, n, 3) a row in pieces and its slots. Rows of -1 fill up.
+    where its partly visible ones end, and a slot for a piece of a row (-1: the row is whole), the longest first; `masks`, one a
+    member, which of the masks of partly visible tiles is its own; `joins` (heads, n, 3) a row in pieces and its slots. Rows of
+    -1 fill up.
     """
 
     plan: Tensor
@@ -199,6 +200,7 @@ def _cut(sizes: list[int], whole: list[int], start: int) -> tuple[list[list[int]
                 slot += 1
             joins.append([row, first, slot])
         start = end
+    plan.sort(key=lambda part: part[1] - part[3])
     return plan, joins, slot
 
 

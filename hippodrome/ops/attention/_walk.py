@@ -71,6 +71,16 @@ def in_tiles(lo, a, b, hi, SIZE: tl.constexpr):
 
 
 @triton.jit
+def in_lists(begin, middle, finish, T: tl.constexpr, SIZE: tl.constexpr):
+    """A list as steps, each a share of a tile or several tiles; those that do not fill one go with the partly visible."""
+    SHARES: tl.constexpr = T // SIZE if SIZE < T else 1
+    if SIZE > T:
+        middle = begin + (middle - begin) // (SIZE // T) * (SIZE // T)
+    first = begin * SHARES
+    return first, first, middle * SHARES, finish * SHARES
+
+
+@triton.jit
 def smeared(x):
     """x with all bits below its highest."""
     x |= x >> 1
@@ -95,18 +105,35 @@ def partners(own, first, n, R, IS_KEY: tl.constexpr, CODE: tl.constexpr):
     """Tiles of first, ..., n - 1 that a flat butterfly wholly shows to tile `own`, or of keys, that see it: a set of bits.
 
     Bit 0 is the tile itself, bit s + 1 the tile own ^ 2^s; R holds the powers of two that count. Bits of `own` that are set
-    lead down, others up. Under causality only one direction is left, and the tile itself is partly visible.
+    lead down, others up. Under causality only one direction is left.
     """
     down = own & R & smeared(tl.maximum(own - first, 0))
     up = ~own & R & smeared(n - 1 - own) & ~smeared(tl.maximum(first - 1 - own, 0))
     itself = (own >= first).to(tl.int32)
-    return (up if IS_KEY else down) << 1 if CODE == _CAUSAL_BUTTERFLY else ((down | up) << 1) | itself
+    found = (up if IS_KEY else down) if CODE == _CAUSAL_BUTTERFLY else down | up
+    return (found << 1) | itself
 
 
 @triton.jit
-def steps(bits, A, T: tl.constexpr, SIZE: tl.constexpr):
-    """Steps of SIZE that a walk over the tiles of A in `bits` takes."""
-    return ones(bits) * (A // SIZE) if SIZE <= T else tl.cdiv(ones(bits) * T, SIZE)
+def whole_of(bits, CODE: tl.constexpr):
+    """The tiles of `bits` that are wholly visible: under causality all but the tile itself."""
+    return bits & -2 if CODE == _CAUSAL_BUTTERFLY else bits
+
+
+@triton.jit
+def steps(bits, of_itself, T: tl.constexpr, SIZE: tl.constexpr, CODE: tl.constexpr):
+    """Steps of SIZE over a butterfly's wholly visible tiles, and all; `of_itself` are those of a partly visible tile itself.
+
+    Of small tiles, those that do not fill a step go with the tile itself: only there a step asks which members it has.
+    """
+    n = ones(whole_of(bits, CODE))
+    if SIZE <= T:
+        end = n * (T // SIZE)
+        last = end + (of_itself if CODE == _CAUSAL_BUTTERFLY else 0)
+    else:
+        end = n // (SIZE // T)
+        last = tl.cdiv(ones(bits), SIZE // T)
+    return end, last
 
 
 @triton.jit
@@ -161,18 +188,13 @@ def walk_keys(
     own = at * 0
     bits = own
     if LIST:
-        SHARES: tl.constexpr = T // N if N < T else 1
-        first = begin * SHARES
-        whole = first
-        end = middle * SHARES
-        last = finish * SHARES
+        first, whole, end, last = in_lists(begin, middle, finish, T, N)
     elif XOR:
-        own = (at + shift) // A
-        bits = partners(own, 0, tl.cdiv(n_k, A), R, False, CODE)
+        own = (at + shift) // T
+        bits = partners(own, 0, tl.cdiv(n_k, T), R, False, CODE)
         first = at * 0
         whole = first
-        end = steps(bits, A, T, N)
-        last = end + (tl.cdiv((at + shift) % A + M, N) if N <= T else 1)
+        end, last = steps(bits, tl.cdiv((at + shift) % T + M, N), T, N, CODE)
     else:
         lo, a, z, hi = keys_met(at + shift, tl.minimum(at + M, n_q) - 1 + shift, k_end, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, N)
@@ -188,18 +210,13 @@ def walk_queries(
     own = at * 0
     bits = own
     if LIST:
-        SHARES: tl.constexpr = T // M if M < T else 1
-        first = begin * SHARES
-        whole = first
-        end = middle * SHARES
-        last = finish * SHARES
+        first, whole, end, last = in_lists(begin, middle, finish, T, M)
     elif XOR:
-        own = at // A
-        bits = partners(own, shift // A, tl.cdiv(n_k, A), R, True, CODE)
-        end = steps(bits, A, T, M)
-        whole = end * 0
-        first = at % A // M if M <= T else whole
-        last = end + tl.where(own >= shift // A, A // M if M <= T else 1, first)
+        own = at // T
+        bits = partners(own, shift // T, tl.cdiv(n_k, T), R, True, CODE)
+        whole = at * 0
+        first = at % T // M if M <= T else whole
+        end, last = steps(bits, tl.where(bits & 1 != 0, T // M if M <= T else 1, first), T, M, CODE)
     else:
         lo, a, z, hi = queries_met(at, tl.minimum(at + N, n_k) - 1, n_q, shift, A, R, CODE)
         first, whole, end, last = in_tiles(lo, a, z, hi, M)
@@ -207,57 +224,81 @@ def walk_queries(
 
 
 @triton.jit
-def stretch(first, whole, end, last, own, bits, STAGE: tl.constexpr, LIST: tl.constexpr):
-    """Steps of a stage of a walk, and the partners it meets: 0, over wholly visible tiles; 1, over those on edges, which are in
-    lists behind these and in intervals on both sides; of a butterfly the tile itself."""
+def stretch(first, whole, end, last, STAGE: tl.constexpr, LIST: tl.constexpr):
+    """Steps of a stage of a walk: 0, over wholly visible tiles; 1, over those on edges, which are in lists behind these and in
+    intervals on both sides."""
     if STAGE == 0:
         i_0 = whole
         i_1 = end
     else:
         i_0 = end if LIST else first
         i_1 = last if LIST else last - (end - whole)
-        bits = own * 0 + 1
-    return i_0, i_1, bits
+    return i_0, i_1
+
+
+@triton.jit
+def ahead(
+    unmet, bits, cols, first, last, T: tl.constexpr, SIZE: tl.constexpr, CODE: tl.constexpr, STAGE: tl.constexpr,
+    LIST: tl.constexpr, XOR: tl.constexpr,
+):  # fmt: skip
+    """What is not met when a stage begins: of a butterfly a set of bits, of a list the numbers of the first step's tiles."""
+    if LIST and STAGE == 0:
+        unmet = numbers(cols, first, last, T, SIZE)
+    elif XOR and STAGE == 0:
+        unmet = whole_of(bits, CODE)
+    elif XOR:
+        unmet |= bits - whole_of(bits, CODE)
+    return unmet
+
+
+@triton.jit
+def numbers(cols, i, last, T: tl.constexpr, SIZE: tl.constexpr):
+    """The numbers of the tiles of step i of a list: one, or of each of SIZE members."""
+    if SIZE <= T:
+        SHARES: tl.constexpr = T // SIZE
+        found = tl.load(cols + i // SHARES, mask=i < last, other=0)
+    else:
+        entry = i + tl.arange(0, SIZE) // T
+        found = tl.load(cols + entry, mask=entry < last, other=0)
+    return found
 
 
 @triton.jit
 def met(
-    i, cols, ids, end, bits, own, shift, A, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constexpr, TABLE: tl.constexpr,
+    i, cols, ids, last, unmet, own, shift, T: tl.constexpr, SIZE: tl.constexpr, LIST: tl.constexpr, TABLE: tl.constexpr,
     XOR: tl.constexpr,
 ):  # fmt: skip
-    """Step i of a walk: indices of its SIZE members, whether each is one, the number of its tile's mask (-1: none), and what of
-    a butterfly's `bits` is left. `shift` is what positions are ahead of the indices."""
+    """Step i of a walk: indices of its SIZE members, whether each is one, the number of its tile's mask (-1: none), and what is
+    left `unmet`: of a list the next step's numbers, so that no step waits for its own. `shift`: by what positions are ahead."""
     lane = tl.arange(0, SIZE)
     mask = lane * 0 - 1
+    SHARES: tl.constexpr = T // SIZE if SIZE < T else 1
     if LIST:
-        SHARE: tl.constexpr = T // SIZE if SIZE < T else 1
+        STEP: tl.constexpr = SIZE // T if SIZE > T else 1
         if SIZE <= T:  # one tile a step: its number is a scalar, and its members lie side by side
             there = lane >= 0
-            tile = tl.load(cols + i // SHARE)
             if TABLE:
-                mask += tl.load(ids + i // SHARE) + 1
-            at = tile * T + i % SHARE * SIZE + lane
+                mask += tl.load(ids + i // SHARES) + 1
+            at = unmet * T + i % SHARES * SIZE + lane
         else:
-            entry = i + lane // T
-            there = entry < end
-            tile = tl.load(cols + entry, mask=there, other=0)
+            there = i + lane // T < last
             if TABLE:
-                mask = tl.load(ids + entry, mask=there, other=-1)
-            at = tile * T + lane % T
+                mask = tl.load(ids + i + lane // T, mask=there, other=-1)
+            at = unmet * T + lane % T
+        unmet = numbers(cols, i + STEP, last, T, SIZE)
     elif XOR:
         if SIZE <= T:
-            share = A // SIZE
             there = lane >= 0
-            at = (own ^ ((bits & -bits) >> 1)) * A + i % share * SIZE + lane - shift
-            bits = tl.where(i % share == share - 1, bits & (bits - 1), bits)
+            at = (own ^ ((unmet & -unmet) >> 1)) * T + i % SHARES * SIZE + lane - shift
+            unmet = tl.where(i % SHARES == SHARES - 1, unmet & (unmet - 1), unmet)
         else:
             bit = lane * 0
             for nth in tl.static_range(SIZE // T):
-                bit = tl.where(lane // T == nth, bits & -bits, bit)
-                bits &= bits - 1
+                bit = tl.where(lane // T == nth, unmet & -unmet, bit)
+                unmet &= unmet - 1
             there = bit > 0
             at = (own ^ (bit >> 1)) * T + lane % T - shift
     else:
         at = i * SIZE + lane
         there = at >= 0
-    return at, there, mask, bits
+    return at, there, mask, unmet

@@ -43,6 +43,14 @@ BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 6
           256: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))}  # fmt: skip
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
+TILES = {
+    64: {16: ((64, 4, 3), (64, 4, 3), (64, 4, 3)), 32: ((64, 4, 3), (64, 4, 3), (64, 4, 3)),
+         64: ((64, 4, 3), (64, 4, 3), (32, 4, 3)), 128: ((64, 8, 3), (64, 8, 3), (32, 8, 2))},
+    128: {16: ((64, 4, 2), (64, 4, 2), (64, 4, 2)), 32: ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+          64: ((64, 4, 2), (64, 4, 2), (32, 8, 2)), 128: ((64, 8, 3), (64, 8, 3), (64, 8, 2))},
+}  # fmt: skip
+"""Padded width -> the side of the tiles that are met -> of the other side, warps and stages, of the same, in half precision."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -56,6 +64,15 @@ class Call:
     scale: float
     cap: float
     drop: float
+
+    @property
+    def side(self) -> int:
+        """The side of the tiles that are met, as the pattern has them: 16 where there are none."""
+        return self.a if self.code in (BUTTERFLY, CAUSAL_BUTTERFLY) else self.tile or 16
+
+    def even(self, n: int, offsets: Tensor | None, k_lengths: Tensor | None) -> bool:
+        """Whether every tile over n keys (or queries) has all of them: then wholly visible ones need no mask."""
+        return bool(self.tile) and n % self.side == 0 and offsets is None and k_lengths is None
 
     def numbers(self) -> tuple[int, int, int, int, float, float, float]:
         return (self.code, self.a, self.r, self.tile, self.scale, self.cap, self.drop)
@@ -289,8 +306,8 @@ def _fused(
     kernels.forward[grid, batch * heads, split](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(0, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         y, lse, part, part_lse, heads, heads // k.shape[1], n_q, k.shape[2], n_q, width, grid, slots, scale, cap, drop, a, r,
-        *_strides(q, k, v, y), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, SPLIT=split > 1,
-        **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
+        *_strides(q, k, v, y), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, SPLIT=split > 1,
+        EVEN=call.even(k.shape[2], offsets, k_lengths), **_flags(call, bias, slopes, offsets, k_lengths, lists), **ways,
     )  # fmt: skip
     if slots:
         kernels.merge[joins.shape[1], batch * heads](
@@ -332,16 +349,11 @@ def _layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, i
 
 
 def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, about 64 of the other."""
-    other, warps, stages = 64, 4, 3 if D <= 64 else 2
-    if T == 128:
-        warps, stages = 4 if role == 0 and D <= 64 else 8, 3
-        if role == 2:
-            other, warps, stages = (32, 4, 2) if D <= 64 else (64, 8, 2)
-    elif role == 2 and T == 64 and D > 64:
-        other, warps = 32, 8
+    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, some of the other."""
     if wide or D > 128:
         other, warps, stages = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2
+    else:
+        other, warps, stages = TILES[max(64, D)][T][role]
     return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
 
 
@@ -444,15 +456,20 @@ def _fused_backward(
     delta = torch.empty_like(lse)
     flags = _flags(call, bias, slopes, offsets, k_lengths, lists)
     D, M, N, ways = _layout(1, q, bias is not None, call)
-    kernels.dot_products[-(-n_q // 64), rows](
-        y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64, HAS_LSE=d_lse is not None
-    )
+    # Where a program meets few tiles, a pass over y and d_y more is felt.
+    with_delta = tile > 0 and not slots_q and d_lse is None and y.stride() == d_q.stride()
+    if not with_delta:
+        kernels.dot_products[-(-n_q // 64), rows](
+            y, d_y, q if d_lse is None else d_lse, delta, heads, n_q, width, *_strides(y, d_y), D=D, M=64,
+            HAS_LSE=d_lse is not None,
+        )  # fmt: skip
     part = q.new_empty(rows * slots_q, M, D, dtype=torch.float32)
     plan, grid = _plan(1, M, q, n_q, offsets, lists)
     kernels.gradient_q[grid, rows](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(1, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
-        d_y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
-        *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, D_BIAS=of_bias, **flags, **ways,
+        d_y, y, lse, delta, d_q, d_bias, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_q, scale, cap, drop, a, r,
+        *_strides(q, k, v, d_y, d_q), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, D_BIAS=of_bias,
+        EVEN=call.even(n_k, offsets, k_lengths), DELTA=with_delta, **flags, **ways,
     )  # fmt: skip
     if slots_q:
         _total(lists[3], part, d_q, heads, n_q, slots_q, M, 0, D, M)
@@ -465,7 +482,8 @@ def _fused_backward(
     kernels.gradient_kv[grid, batch * many](
         q, k, v, *_asides(q, bias, slopes, seed), plan, *_members(2, lists, plan), *_ends(plan, offsets, k_offsets, k_lengths),
         d_y, lse, delta, to_k, to_v, part, heads, group, n_q, n_k, n_q, n_k, width, grid, slots_k, scale, cap, drop, a, r,
-        *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=tile or 16, D=D, M=M, N=N, GROUPED=together, **flags, **ways,
+        *_strides(q, k, v, d_y, to_k), *_bias_strides(bias), T=call.side, D=D, M=M, N=N, GROUPED=together,
+        EVEN=call.even(n_q, offsets, k_lengths), **flags, **ways,
     )  # fmt: skip
     if slots_k:
         _total(lists[7], part, to_k, many, n_k, slots_k, 2 * N, 0, D, N)
