@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.attention import _tiles, attention
+from hippodrome.ops.attention import _call, _fused, _tiles, attention
 from hippodrome.ops.attention import triton as backend
 from hippodrome.ops.attention._spelled import read, spelled
 from hippodrome.part import BadInput
@@ -32,7 +32,7 @@ from tests.support import interpreted
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The leaves take CPU tensors too, and fresh memory is NaN: what reads what was never written shows it."""
-    for leaf in (backend._fused, backend._fused_backward):
+    for leaf in (_fused.fused, _fused.fused_backward):
         leaf.register_kernel("cpu")(leaf._init_fn)
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -186,7 +186,7 @@ def test_a_butterfly_of_a_pack_is_computed(on_cpu, monkeypatch, pattern):
     ("pattern", "ahead"), [(Butterfly(24), 0), (Butterfly(16), 8), (Butterfly(16) & Window(9), 0)], ids=str
 )
 def test_a_butterfly_out_of_step_is_listed(pattern, ahead):
-    assert backend._butterfly(pattern, ahead) is None
+    assert _call.butterfly(pattern, ahead) is None
 
 
 PADDED = [Full(), Window(20, right=5), Butterfly(16), BigBird(tile=16, form="encoder", length=90), Global(5) | Window(9)]
@@ -284,7 +284,7 @@ def test_patterns_through_lists_are_one_graph(on_cpu, pattern):
 def test_the_leaves_are_what_torch_takes_them_for(on_cpu):
     q, bias = torch.randn(1, 2, 64, 16, requires_grad=True), torch.randn(1, 2, 64, 64, requires_grad=True)
     for pattern in (BigBird(tile=16), Window(9)):
-        call, listed = backend._walks(q, q, pattern, (0.25, 2.0, 0.0))
+        call, listed = _call.walks(q, q, pattern, (0.25, 2.0, 0.0))
         given = q, q, q, bias, None, None, None, None, None, *listed, *call.numbers()
         torch.library.opcheck(torch.ops.hippodrome.attention_fused.default, given)
         plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
