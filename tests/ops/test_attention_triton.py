@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.attention import _call, _fused, _tiles, attention
+from hippodrome.ops.attention import _call, _fused, _packs, _tiles, attention
 from hippodrome.ops.attention import triton as backend
 from hippodrome.ops.attention._spelled import read, spelled
 from hippodrome.part import BadInput
@@ -32,7 +32,7 @@ from tests.support import interpreted
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The leaves take CPU tensors too, and fresh memory is NaN: what reads what was never written shows it."""
-    for leaf in (_fused.fused, _fused.fused_backward):
+    for leaf in (_fused.fused, _fused.fused_backward, _packs.documents, _packs.documents_backward):
         leaf.register_kernel("cpu")(leaf._init_fn)
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -346,6 +346,63 @@ def test_each_document_of_a_pack_has_its_lists(on_cpu, pattern):
     assert_same(backend._triton, pattern, (1, 2, 1, 100, 100, 16), offsets=BOTH["offsets"], **options)
     if "BigBird" not in str(pattern):
         assert_same(backend._triton, pattern, (1, 2, 1, 100, 105, 16), **BOTH, **options)
+
+
+@interpreted
+def test_a_pack_under_lists_is_one_graph(on_cpu):
+    def call(q, k, v, bias, offsets):
+        return backend._triton(q, k, v, BigBird(tile=16), bias=bias, offsets=offsets)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    leaves = [torch.randn(1, 2, 70, n, requires_grad=True) for n in (16, 16, 16, 70)]
+    for offsets in (torch.tensor([0, 10, 10, 70]), torch.tensor([0, 43, 60, 70])):
+        y, exact = compiled(*leaves, offsets), call(*leaves, offsets)
+        assert torch.equal(y, exact)
+        d_y = torch.randn_like(y)
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(exact, leaves, d_y)))
+    with pytest.raises(BadInput, match="ends at 60"):
+        compiled(*leaves, torch.tensor([0, 10, 10, 60]))
+
+
+@interpreted
+def test_work_on_a_pack_is_that_on_its_documents(on_cpu):
+    register_flops()
+    q, pattern = torch.randn(1, 2, 96, 16, requires_grad=True), BigBird(tile=16)
+    with FlopCounterMode(display=False) as together:
+        backend._triton(q, q, q, pattern, offsets=torch.tensor([0, 64, 64, 96])).sum().backward()
+    with FlopCounterMode(display=False) as apart:
+        for some in (q[:, :, :64], q[:, :, 64:]):
+            backend._triton(some, some, some, pattern).sum().backward()
+    assert together.get_total_flops() == apart.get_total_flops() > 0
+
+
+def test_a_pack_under_lists_is_not_captured(monkeypatch):
+    """With tensors that only say that they are on a GPU, in a capture."""
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), use_backend("triton"):
+        q, offsets = torch.zeros(1, 2, 32, 16, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+        with pytest.raises(BadInput, match=r"a pack under BigBird.* a CUDA graph cannot know their lengths"):
+            attention(q, q, q, BigBird(tile=16), offsets=offsets)
+        with pytest.raises(BadInput, match=r"a pack under BigBird.* in a CUDA graph"):
+            list(_packs._own(BigBird(tile=16), q, q, offsets, offsets))
+
+
+def test_what_falls_back_to_torch_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    with FakeTensorMode():
+        q, slopes = torch.zeros(1, 2, 32, 16, device="cuda"), torch.zeros(2, device="cuda", requires_grad=True)
+        at = torch.zeros(1, 32, dtype=torch.int64, device="cuda")
+        said = attention.explain(q, q, q, Causal(), slopes=slopes)
+        assert said["triton"] == "slopes want a gradient, which its kernels do not make"
+        assert "ok" in said.values()
+        for name in ("q_position", "k_position"):
+            said = attention.explain(q, q, q, Causal(), **{name: at})
+            assert said["triton"] == "positions are given, and its kernels take tokens for standing side by side"
+            assert "ok" in said.values()
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ def fused(
     from hippodrome.ops.attention import _forward as kernels
 
     call, slots_q, _, lists = listed(q, k, pattern, sizes, Call(code, a, r, tile, scale, cap, drop))
-    y, lse = _outputs(q)
+    y, lse = outputs(q)
     batch, heads, n_q, width = q.shape
     D, M, N, ways = layout(0, q, bias is not None, call)
     split, slots, joins = pieces(q, k, M, call, slots_q, lists, offsets)
@@ -65,14 +65,14 @@ def fused(
     return y, lse
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     # Contiguous whatever q is: the fake must know the layout.
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @fused.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
+    return outputs(q)
 
 
 @torch.library.custom_op("hippodrome::attention_fused_backward", mutates_args=(), device_types="cuda")
@@ -89,7 +89,7 @@ def fused_backward(
     call, slots_q, slots_k, lists = listed(q, k, pattern, sizes, Call(code, a, r, tile, scale, cap, drop))
     batch, heads, n_q, width = q.shape
     group, n_k, rows = heads // k.shape[1], k.shape[2], batch * heads
-    d_q, d_k, d_v, d_bias = _gradients(q, k, bias, of_bias)
+    d_q, d_k, d_v, d_bias = gradients(q, k, bias, of_bias)
     d_bias.zero_()
     delta = torch.empty_like(lse)
     flags = switches(call, bias, slopes, offsets, k_lengths, lists)
@@ -142,31 +142,37 @@ def _total(
     )  # fmt: skip
 
 
-def _gradients(q: Tensor, k: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gradients(q: Tensor, k: Tensor, bias: Tensor | None, of_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*q.shape[:3], k.shape[2]) if of_bias else (0,)
     return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), q.new_empty(shape, dtype=torch.float32)
 
 
 @fused_backward.register_fake
 def _(d_y: Any, d_lse: Any, y: Any, lse: Any, q: Tensor, k: Tensor, v: Any, bias: Tensor | None, *rest: Any) -> Any:
-    return _gradients(q, k, bias, rest[-1])
+    return gradients(q, k, bias, rest[-1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.numbers = inputs[9:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:9])
+def differentiate(leaf: Any, backward: Any, tensors: int) -> None:
+    """Autograd of a leaf that takes q, k, v, bias, other tensors and numbers. `backward` takes the gradients of y and lse, both
+    of them, then the same, and whether the bias wants a gradient.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.numbers = inputs[tensors:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[:tensors])
+
+    def grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        y, lse, *given = ctx.saved_tensors
+        bias = given[3]
+        of_bias = bias is not None and ctx.needs_input_grad[3]
+        d_y = torch.zeros_like(y) if d_y is None else lines(d_y)
+        d_lse = None if d_lse is None else d_lse.contiguous()
+        *grads, d_bias = backward(d_y, d_lse, y, lse, *given, *ctx.numbers, of_bias)
+        return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * (tensors - 4 + len(ctx.numbers))
+
+    leaf.register_autograd(grad, setup_context=save)
 
 
-def _grad(ctx: Any, d_y: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-    y, lse, *tensors = ctx.saved_tensors
-    bias = tensors[3]
-    of_bias = bias is not None and ctx.needs_input_grad[3]
-    d_y = torch.zeros_like(y) if d_y is None else lines(d_y)
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    *grads, d_bias = torch.ops.hippodrome.attention_fused_backward(d_y, d_lse, y, lse, *tensors, *ctx.numbers, of_bias)
-    return *grads, d_bias.to(bias.dtype) if of_bias else None, *[None] * 5, *[None] * len(ctx.numbers)
-
-
-fused.register_autograd(_grad, setup_context=_save)
+differentiate(fused, torch.ops.hippodrome.attention_fused_backward, tensors=9)
 count_flops({torch.ops.hippodrome.attention_fused: flops, torch.ops.hippodrome.attention_fused_backward: flops_backward})

@@ -67,8 +67,9 @@ def _name(kind: type[Pattern]) -> str:
     return name
 
 
-# torch.compile runs it as it traces and keeps the answer: the class is known then.
-torch.compiler.assume_constant_result(_name)
+# torch.compile runs it as it traces and keeps the answer: the class is known then. What torch.compiler.assume_constant_result
+# does, which would import the compiler.
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pattern(value: Any) -> Any:

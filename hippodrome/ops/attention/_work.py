@@ -31,7 +31,7 @@ def _butterfly_tiles(first: int, n: int, powers: int, causal: bool) -> int:
     return sum(1 + sum((i ^ bit) < (i if causal else n) for bit in bits) for i in range(first, n))
 
 
-def flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, pattern: str, sizes: list[int], code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
+def flops(q: Any, k: Any, v: Any, bias: Any, slopes: Any, seed: Any, offsets: Any, k_offsets: Any, k_lengths: Any, pattern: str, sizes: Any, code: int, a: int, r: int, tile: int, *rest: Any, **out: Any) -> int:  # fmt: skip # noqa: E501
     """Two products, two a multiply-add. Packs are counted as if one document."""
     return 4 * q.shape[3] * _pairs(q, k, pattern, sizes, code, a, r, tile)
 

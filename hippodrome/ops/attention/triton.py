@@ -59,7 +59,7 @@ def unfit(
     if q.dtype == torch.float32 and q.shape[3] > WIDEST_FLOAT32:
         return f"float32 heads are {q.shape[3]} wide: it takes up to {WIDEST_FLOAT32}"
     if placed:
-        return "positions are given: it computes them"
+        return "positions are given, and its kernels take tokens for standing side by side"
     if not q.numel() or not k.numel():
         return "there is no query or no key"
     if q.shape[0] * q.shape[1] > 65535:
@@ -67,11 +67,11 @@ def unfit(
     if bias is not None and bias.dtype == torch.float64:
         return "the bias is torch.float64, and scores are float32"
     if slopes is not None and slopes.requires_grad:
-        return "slopes want a gradient"
+        return "slopes want a gradient, which its kernels do not make"
     if at_once(q, k, pattern, k_offsets):
         return None
-    if offsets is not None and (torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing())):
-        return f"a pack under {pattern}, of which it walks one document after another: a graph cannot know their lengths"
+    if offsets is not None and not torch.compiler.is_compiling() and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return f"a pack under {pattern}, of which it walks one document after another: a CUDA graph cannot know their lengths"
     if bias is not None and bias.requires_grad and pattern.count_tile is not None:
         return "a key that counts twice gives the bias two gradients"
     if offsets is not None and k_offsets is not None and pattern.count_tile is not None:
