@@ -1,5 +1,7 @@
 """attention by its Triton programs: in the interpreter on CPU tensors, and on the device."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,17 +9,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hippodrome.ops._flops import register_flops
 from hippodrome.ops._op import use_backend
-from hippodrome.ops.attention import _tiles, attention
+from hippodrome.ops.attention import _call, _fused, _packs, _tiles, attention
 from hippodrome.ops.attention import triton as backend
+from hippodrome.ops.attention._spelled import read, spelled
 from hippodrome.part import BadInput
-from hippodrome.patterns import BigBird, Butterfly, Causal, Chunk, Full, Global, Prefix, Strided, Window
+from hippodrome.patterns import (
+    BigBird,
+    Butterfly,
+    Causal,
+    Chunk,
+    Full,
+    Global,
+    Pattern,
+    Prefix,
+    Random,
+    Strided,
+    Window,
+)
 from tests.support import interpreted
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The leaves take CPU tensors too, and fresh memory is NaN: what reads what was never written shows it."""
-    for leaf in (backend._fused, backend._fused_backward):
+    for leaf in (_fused.fused, _fused.fused_backward, _packs.documents, _packs.documents_backward):
         leaf.register_kernel("cpu")(leaf._init_fn)
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -171,7 +186,7 @@ def test_a_butterfly_of_a_pack_is_computed(on_cpu, monkeypatch, pattern):
     ("pattern", "ahead"), [(Butterfly(24), 0), (Butterfly(16), 8), (Butterfly(16) & Window(9), 0)], ids=str
 )
 def test_a_butterfly_out_of_step_is_listed(pattern, ahead):
-    assert backend._butterfly(pattern, ahead) is None
+    assert _call.butterfly(pattern, ahead) is None
 
 
 PADDED = [Full(), Window(20, right=5), Butterfly(16), BigBird(tile=16, form="encoder", length=90), Global(5) | Window(9)]
@@ -237,11 +252,80 @@ def test_a_butterfly_compiles(on_cpu):
     assert reason(q) is None
 
 
+TABLE = (((3, 3), (0, 2)), ((3, 0), (2, 1)))
+LISTED = [
+    BigBird(tile=16),
+    BigBird(tile=16, form="encoder"),
+    BigBird(tile=16, n_random=2, form="encoder", length=64, table=TABLE),
+    Random(16, 2),
+    Butterfly(24) & Causal(),
+    Global(5) | Window(9) & Strided(7),
+]
+
+
 @interpreted
-def test_a_compiled_call_makes_its_lists_outside_of_the_graph(on_cpu):
-    q = torch.randn(1, 2, 64, 16)
-    compiled = torch.compile(lambda q: 2 * backend._triton(q, q, q, BigBird(tile=16)), backend="aot_eager")
-    assert torch.equal(compiled(q), 2 * backend._triton(q, q, q, BigBird(tile=16)))
+@pytest.mark.parametrize("pattern", LISTED, ids=str)
+def test_patterns_through_lists_are_one_graph(on_cpu, pattern):
+    def call(q, k, v):
+        return backend._triton(q, k, v, pattern.sized(q.shape[2], q.shape[1]))
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    # From the third length on sizes are unknown to the graph.
+    for length in (64, 48, 33) if "table" not in str(pattern) or "table=None" in str(pattern) else (64,):
+        leaves = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in "qkv"]
+        y, exact = compiled(*leaves), call(*leaves)
+        assert torch.equal(y, exact)
+        d_y = torch.randn_like(y)
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(exact, leaves, d_y)))
+
+
+@interpreted
+def test_the_leaves_are_what_torch_takes_them_for(on_cpu):
+    q, bias = torch.randn(1, 2, 64, 16, requires_grad=True), torch.randn(1, 2, 64, 64, requires_grad=True)
+    for pattern in (BigBird(tile=16), Window(9)):
+        call, listed = _call.walks(q, q, pattern, (0.25, 2.0, 0.0))
+        given = q, q, q, bias, None, None, None, None, None, *listed, *call.numbers()
+        torch.library.opcheck(torch.ops.hippodrome.attention_fused.default, given)
+        plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+        y, lse = torch.ops.hippodrome.attention_fused(*plain)
+        given = torch.randn_like(y), torch.randn_like(lse), y, lse, *plain, True
+        torch.library.opcheck(torch.ops.hippodrome.attention_fused_backward.default, given)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), *LISTED], ids=str)
+def test_a_pattern_is_spelled(pattern):
+    assert read(*spelled(pattern)) == pattern
+
+
+def test_a_class_that_is_defined_anew_is_another():
+    def defined():
+        @dataclasses.dataclass(frozen=True)
+        class Mine(Pattern):
+            word: str = "100%d"
+
+        return Mine()
+
+    first, second = defined(), defined()
+    assert [type(read(*spelled(pattern))) for pattern in (first, second)] == [type(first), type(second)]
+    with pytest.raises(BadInput, match=r"frozenset.* in a pattern"):
+        spelled(dataclasses.replace(first, word=frozenset()))
+
+
+def test_lists_are_free_of_the_callers_modes():
+    _tiles._cached.clear()
+    with torch.inference_mode(), torch.device("meta"):
+        of_q, *_ = _tiles.lists(BigBird(tile=16), 64, 64, 2, 16, torch.device("cpu"))
+    assert of_q.plan.device.type == "cpu"
+    assert not of_q.plan.is_inference()
+
+
+def test_lists_are_not_made_in_a_capture(monkeypatch):
+    """With a device that only says that it is captured."""
+    _tiles._cached.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BadInput, match="call it once before the capture"):
+        _tiles.lists(BigBird(tile=16), 64, 64, 2, 16, torch.device("cuda", 0))
 
 
 @interpreted
@@ -262,6 +346,63 @@ def test_each_document_of_a_pack_has_its_lists(on_cpu, pattern):
     assert_same(backend._triton, pattern, (1, 2, 1, 100, 100, 16), offsets=BOTH["offsets"], **options)
     if "BigBird" not in str(pattern):
         assert_same(backend._triton, pattern, (1, 2, 1, 100, 105, 16), **BOTH, **options)
+
+
+@interpreted
+def test_a_pack_under_lists_is_one_graph(on_cpu):
+    def call(q, k, v, bias, offsets):
+        return backend._triton(q, k, v, BigBird(tile=16), bias=bias, offsets=offsets)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    leaves = [torch.randn(1, 2, 70, n, requires_grad=True) for n in (16, 16, 16, 70)]
+    for offsets in (torch.tensor([0, 10, 10, 70]), torch.tensor([0, 43, 60, 70])):
+        y, exact = compiled(*leaves, offsets), call(*leaves, offsets)
+        assert torch.equal(y, exact)
+        d_y = torch.randn_like(y)
+        assert all(map(torch.equal, torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(exact, leaves, d_y)))
+    with pytest.raises(BadInput, match="ends at 60"):
+        compiled(*leaves, torch.tensor([0, 10, 10, 60]))
+
+
+@interpreted
+def test_work_on_a_pack_is_that_on_its_documents(on_cpu):
+    register_flops()
+    q, pattern = torch.randn(1, 2, 96, 16, requires_grad=True), BigBird(tile=16)
+    with FlopCounterMode(display=False) as together:
+        backend._triton(q, q, q, pattern, offsets=torch.tensor([0, 64, 64, 96])).sum().backward()
+    with FlopCounterMode(display=False) as apart:
+        for some in (q[:, :, :64], q[:, :, 64:]):
+            backend._triton(some, some, some, pattern).sum().backward()
+    assert together.get_total_flops() == apart.get_total_flops() > 0
+
+
+def test_a_pack_under_lists_is_not_captured(monkeypatch):
+    """With tensors that only say that they are on a GPU, in a capture."""
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), use_backend("triton"):
+        q, offsets = torch.zeros(1, 2, 32, 16, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+        with pytest.raises(BadInput, match=r"a pack under BigBird.* a CUDA graph cannot know their lengths"):
+            attention(q, q, q, BigBird(tile=16), offsets=offsets)
+        with pytest.raises(BadInput, match=r"a pack under BigBird.* in a CUDA graph"):
+            list(_packs._own(BigBird(tile=16), q, q, offsets, offsets))
+
+
+def test_what_falls_back_to_torch_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "capability", lambda device: backend.CAPABILITY)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    with FakeTensorMode():
+        q, slopes = torch.zeros(1, 2, 32, 16, device="cuda"), torch.zeros(2, device="cuda", requires_grad=True)
+        at = torch.zeros(1, 32, dtype=torch.int64, device="cuda")
+        said = attention.explain(q, q, q, Causal(), slopes=slopes)
+        assert said["triton"] == "slopes want a gradient, which its kernels do not make"
+        assert "ok" in said.values()
+        for name in ("q_position", "k_position"):
+            said = attention.explain(q, q, q, Causal(), **{name: at})
+            assert said["triton"] == "positions are given, and its kernels take tokens for standing side by side"
+            assert "ok" in said.values()
 
 
 @pytest.mark.gpu

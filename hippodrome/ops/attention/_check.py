@@ -101,16 +101,17 @@ def _check_pack(q: Tensor, k: Tensor, offsets: Tensor | None, k_offsets: Tensor 
         return
     if q.shape[0] != 1:
         raise BadInput(f"a pack with a batch of {q.shape[0]}: documents that lie behind one another are one row, B = 1")
-    _check_offsets("offsets", offsets, q.shape[2])
+    check_offsets("offsets", offsets, q.shape[2])
     if k_offsets is None and q.shape[2] != k.shape[2]:
         raise BadInput(f"{q.shape[2]} packed queries and {k.shape[2]} keys: where these differ, give k_offsets too")
     if k_offsets is not None:
-        _check_offsets("k_offsets", k_offsets, k.shape[2])
+        check_offsets("k_offsets", k_offsets, k.shape[2])
         if k_offsets.shape != offsets.shape:
             raise BadInput(f"{len(offsets) - 1} documents of queries and {len(k_offsets) - 1} of keys: they must be as many")
 
 
-def _check_offsets(name: str, offsets: Tensor, length: int) -> None:
+def check_offsets(name: str, offsets: Tensor, length: int) -> None:
+    """Raises BadInput unless `offsets` are those of a pack of `length` tokens, as far as may be asked."""
     if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype not in _INTEGERS:
         raise BadInput(f"{name} is {offsets.dtype} {_sizes(offsets)}: it must be int32 or int64 and (documents + 1,)")
     if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hippodrome.part import BadInput
 from hippodrome.patterns import Causal, Pattern
 
+Key = tuple[Pattern, int, int, int, int, torch.device]
 Walk = tuple["Lists", "Lists", Tensor, bool]
 
 LONGEST = 32
@@ -23,8 +26,8 @@ CACHE = 1 << 28
 PAIRS = 1 << 22
 """Pairs that are looked at in a piece."""
 
-_cached: OrderedDict[tuple[object, ...], Walk] = OrderedDict()
-_captured: set[tuple[object, ...]] = set()
+_cached: OrderedDict[Key, Walk] = OrderedDict()
+_captured: set[Key] = set()
 """Lists that a CUDA graph reads, which must never go."""
 _lock = threading.Lock()
 
@@ -63,19 +66,38 @@ def _sides(pattern: Pattern) -> Iterator[int]:
 def lists(pattern: Pattern, n_q: int, n_k: int, heads: int, tile: int, device: torch.device) -> Walk:
     """Lists over the tiles of queries and over those of keys, and the masks of what is partly visible: int32 (n, tile, words),
     32 keys a word. Also whether partly visible tiles hide what comes after a query and nothing else: then there are no masks.
+    BadInput in the capture of a CUDA graph, unless they are known: making them is the host's work.
     """
     key = pattern, n_q, n_k, heads if pattern.by_head else 1, tile, device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
-        found = _cached.get(key) or _built(*key)
-        _cached[key] = found
+        if key not in _cached:
+            if capturing:
+                raise BadInput(f"a CUDA graph of {pattern} over {n_q} queries and {n_k} keys: call it once before the capture")
+            _cached[key] = _aside(key)
+            _make_room()
         _cached.move_to_end(key)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing:
             _captured.add(key)
-        total = sum(map(_bytes, _cached.values()))
-        for old in list(_cached)[:-1]:
-            if total > CACHE and old not in _captured:
-                total -= _bytes(_cached.pop(old))
-    return found
+        return _cached[key]
+
+
+def _aside(key: Key) -> Walk:
+    """Lists made in a thread of their own, where no mode of the caller has a hold on them: inference, a default device, the
+    memory of a graph that is about to be captured.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_built, *key).result()
+
+
+def _make_room() -> None:
+    """Forgets what was not asked for longest, but for the last lists and those that a CUDA graph reads."""
+    total = sum(map(_bytes, _cached.values()))
+    for old in list(_cached)[:-1]:
+        if total > CACHE and old not in _captured:
+            if old[-1].type == "cuda":
+                torch.cuda.synchronize(old[-1])  # a kernel of another stream may still read them
+            total -= _bytes(_cached.pop(old))
 
 
 def _bytes(walk: Walk) -> int:
