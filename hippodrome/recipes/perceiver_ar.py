@@ -87,6 +87,7 @@ def mirror_copy(
     latents_per_position: int = 1,
     cross_after: tuple[int, ...] = (),
     positions: Literal["sines", "rotary"] = "sines",
+    grow: float = 0.0,
     rows: int = 200,
     train: TrainConfig = COPY,
 ) -> RunConfig:
@@ -104,9 +105,13 @@ def mirror_copy(
         latents_per_position: Latents of each of these tokens, whose readings are averaged.
         cross_after: Blocks, counted from 0, behind which the context is read again.
         positions: Fixed sines of the position, as the paper, or rotary.
+        grow: Share of training in which the copied symbols grow from 16 to half of the row, their middle in its place.
         rows: Of the test split, and of the valid split.
     """
-    task = MirrorCopy.Config(length=length, test_rows=rows, seed=train.seed)
+    if not 0 <= grow <= 1:
+        raise BadInput(f"grow is {grow}: it is a share of training, from 0 to 1")
+    growing = int(grow * train.steps * train.batch_size)
+    task = MirrorCopy.Config(length=length, test_rows=rows, grow=growing, seed=train.seed)
     asked = length // 2 + 1
     latents = min(2049, asked) if latents is None else latents
     crop = None if latents >= asked else max(1, length // 2)

@@ -5,6 +5,11 @@
 A row is 2n + 1 tokens; inputs are all but the last, targets all but the first. Asked are the mirrored symbols and the end, so
 that a model must reach back by 1 to 2n - 1 tokens. Rows are drawn anew for ever: a row is a function of the seed, the split
 and its number alone.
+
+Attention finds one place of 2n the slower the more there are, so training may begin with short rows, which grow. Their middle
+stays where it is, and with it which places mirror each other: a row of m < n symbols has its end repeated on both sides.
+
+    end ... end  x_1 ... x_m  ->  x_m ... x_1  end ... end
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from hippodrome.task import IGNORE, Batch, Split, Task
 from hippodrome.tasks._labels import answer_scores
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
+_FIRST = 16
+"""Symbols of the first row where rows grow."""
 
 
 class MirrorCopy(Task):
@@ -36,10 +43,12 @@ class MirrorCopy(Task):
         vocab_size: int = 257
         test_rows: int = 200
         """Rows of the test split, and of the valid split."""
+        grow: int = 0
+        """Training rows over which m grows from 16 to n, by equal factors; 0: it is n from the start."""
         seed: int = 0
 
         def __post_init__(self) -> None:
-            for name, least in {"length": 2, "vocab_size": 3, "test_rows": 1, "seed": 0}.items():
+            for name, least in {"length": 2, "vocab_size": 3, "test_rows": 1, "grow": 0, "seed": 0}.items():
                 if getattr(self, name) < least:
                     raise BadInput(f"{name} is {getattr(self, name)}: it must be at least {least}")
             if self.length % 2:
@@ -61,7 +70,18 @@ class MirrorCopy(Task):
         rows_of = torch.cat([drawn, drawn.flip(1), torch.full((len(drawn), 1), end)], 1)
         targets = rows_of[:, 1:].clone()
         targets[:, : half - 1] = IGNORE
+        if split == "train" and first < self.config.grow:
+            drawn_of = torch.tensor([self._symbols(row) for row in range(first, last)])[:, None]
+            at = torch.arange(2 * half + 1) - half
+            rows_of = rows_of.where((at >= -drawn_of) & (at < drawn_of), end)
+            targets = rows_of[:, 1:].where((at[1:] >= 0) & (at[1:] <= drawn_of), IGNORE)
         return Batch(rows_of[:, :-1].contiguous(), targets)
+
+    def _symbols(self, row: int) -> int:
+        """How many symbols the training row has."""
+        half = self.config.length // 2
+        first = min(_FIRST, half)
+        return half if row >= self.config.grow else round(first * (half / first) ** (row / self.config.grow))
 
     def size(self, split: Split) -> int | None:
         return None if split == "train" else self.config.test_rows
