@@ -156,8 +156,8 @@ def compare(
 ) -> None:
     """Race recipes: equal parameters, tokens and data order; a table and a picture. hippodrome compare RECIPE... [flags].
 
-    The first recipe sets the number of parameters; the width of the others' channel mixers is changed until they agree. A flag
-    of recipes goes to all of them.
+    The first recipe sets the number of parameters; the width of the others' channel mixers is changed until they agree, or
+    of those that have none their own. A flag of recipes goes to all of them.
 
     Args:
         out: The folder of the comparison; by default runs/compare-RECIPE-RECIPE.
