@@ -27,7 +27,7 @@ FLOORS = (
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
-    "recipes compare grid catalog convert convert_vit doctor verify bench",
+    "recipes compare grid catalog h3_checkpoint h3_reference convert convert_vit doctor verify bench",
     "demo dispatch cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
