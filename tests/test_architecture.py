@@ -22,13 +22,13 @@ PACKAGE = Path(hippodrome.__file__).parent
 TESTS = Path(__file__).parent
 
 FLOORS = (
-    "part state patterns positions task files documents tokenizer data devices metrics flags plots",
+    "part state patterns positions task files documents tokenizer data devices metrics flags plots tables",
     "ops norms inits stepper model memory tasks",
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
     "recipes compare grid catalog h3_checkpoint h3_reference convert convert_vit doctor verify bench",
-    "demo dispatch cli __main__",
+    "demo dispatch cli_tools cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
 
