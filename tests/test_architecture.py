@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 
 FLOORS = (
     "part state patterns positions task files documents tokenizer data devices metrics flags plots tables",
-    "ops norms inits stepper model memory tasks",
+    "ops norms inits stepper slots model memory tasks",
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels models cuda_graph optim step train sampling generation timing evaluate by_position parity progress",
