@@ -7,6 +7,7 @@ FOLDER/report.json      the table's numbers, with provenance
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import os
@@ -137,7 +138,9 @@ def _check_contexts(recipes: Mapping[str, RunConfig], longest: int) -> None:
 
 
 def match(recipes: Mapping[str, RunConfig], tolerance: float = 0.02) -> dict[str, RunConfig]:
-    """The recipes with d_ff of all but the first changed, where needed, until their parameters agree within `tolerance`."""
+    """The recipes, all but the first changed where needed until their parameters agree within `tolerance`: in their d_ff, or
+    where they have none in their d_model.
+    """
     if not 0 < tolerance < 1:
         raise BadInput(f"tolerance is {tolerance}: it is a share, above 0 and below 1")
     (first_name, first), *others = recipes.items()
@@ -147,25 +150,58 @@ def match(recipes: Mapping[str, RunConfig], tolerance: float = 0.02) -> dict[str
         model = _resized(config.model, target, tolerance)
         found = count_parameters(model)
         if abs(found - target) > tolerance * target:
+            changed = "d_ff" if _has_d_ff(config.model) else "d_model"
             raise BadInput(
-                f"{name} cannot have {target:,} parameters within {tolerance:.0%} as {first_name} has: by its d_ff it comes to "
-                f"{found:,}; change its width or depth, or give --no-match-parameters"
+                f"{name} cannot have {target:,} parameters within {tolerance:.2g} as {first_name} has: by its {changed} it "
+                f"comes to {found:,}; change its width or depth, or give --no-match-parameters"
             )
         matched[name] = dataclasses.replace(config, model=model)
     return matched
 
 
 def _resized(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
-    """The model with the d_ff that comes nearest to `target` parameters; itself where it is near enough or has no d_ff."""
+    """The model with the d_ff, or where it has none the d_model, that brings it to `target` parameters or nearest to them."""
     found = count_parameters(model)
-    if abs(found - target) <= tolerance * target or not any(hasattr(block.channel, "d_ff") for block in model.blocks):
+    if abs(found - target) <= tolerance * target:
         return model
+    if not _has_d_ff(model):
+        return _with_another_width(model, target, tolerance)
     # Parameters are linear in d_ff, so two points give the rest; a channel mixer that rounds its width may be off by a bit.
     low, high = count_parameters(_with_d_ff(model, 64)), count_parameters(_with_d_ff(model, 128))
     guess = max(1, round(64 + 64 * (target - low) / (high - low)))
     widths = range(max(1, guess - 8), guess + 9)
     best = min(widths, key=lambda d_ff: (abs(count_parameters(_with_d_ff(model, d_ff)) - target), d_ff))
     return _with_d_ff(model, best)
+
+
+def _with_another_width(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
+    """A d_model that is a multiple of 8, where that is too coarse of 4, 2 or 1, and of every block's heads; not below 8."""
+    heads = math.lcm(*(getattr(block.mixer, "n_head", 1) for block in model.blocks))
+
+    # Parameters grow at least in proportion to the width, but for a few that do not depend on it.
+    most = 2 * math.ceil(model.d_model * max(1.0, target / count_parameters(model)))
+
+    def off(d_model: int) -> int:
+        return count_parameters(dataclasses.replace(model, d_model=d_model)) - target
+
+    nearest = model
+    for multiple in (8, 4, 2, 1):
+        step = math.lcm(multiple, heads)
+        widths = range(step * -(-8 // step), most + step, step)
+        try:
+            above = bisect.bisect_left(widths, 0, key=off)
+            best = min(widths[max(0, above - 1) : above + 1], key=lambda width: abs(off(width)))
+        except BadInput:
+            # A part that does not take every such width: the model keeps the one it has.
+            break
+        nearest = dataclasses.replace(model, d_model=best)
+        if abs(off(best)) <= tolerance * target:
+            break
+    return nearest
+
+
+def _has_d_ff(model: ModelConfig) -> bool:
+    return any(hasattr(block.channel, "d_ff") for block in model.blocks)
 
 
 def _with_d_ff(model: ModelConfig, d_ff: int) -> ModelConfig:

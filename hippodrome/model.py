@@ -1,4 +1,4 @@
-"""The whole model in one file: slots, block, model.
+"""The whole model in one file: block and model, around the parts that fill the slots (`slots.py`).
 
 A model is an embedding, a stack of residual blocks (a mixer moves information along the sequence, a channel mixer within
 a position), a final norm where the blocks norm what they read, and a readout. One call does training, chunked prefill and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,89 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from hippodrome.norms import Norm, add_and_norm, build_norm
 from hippodrome.part import BadInput, Part
+from hippodrome.slots import Aux as Aux
+from hippodrome.slots import ChannelMixer as ChannelMixer
+from hippodrome.slots import Embed as Embed
+from hippodrome.slots import Mixer as Mixer
+from hippodrome.slots import Readout as Readout
 from hippodrome.state import State
 from hippodrome.stepper import ModelStepper, Stepper
 from hippodrome.task import Batch, several
-
-S = TypeVar("S", bound=State)
-
-Aux = Mapping[str, Tensor]
-"""Extra results of a channel mixer by name: "loss/..." is added to the training loss, anything else is a gauge."""
-
-
-class Mixer(Part, nn.Module, Generic[S], folder="mixers"):
-    """Moves information along the sequence: (B, L, D) -> (B, L, D).
-
-    Built as `config.build(d_model)`. `lengths` (B,) int64 counts each row's real tokens, the rest is right padding: the
-    outputs of real tokens and the state returned are those of the row alone (outputs of padding are finite, no more).
-    """
-
-    causal: bool = True
-    residual_out: ClassVar[tuple[str, ...]] = ()
-    """Names of the linear maps that write into the residual stream: their init is divided by sqrt(2 n_layer)."""
-
-    def forward(self, x: Tensor, state: S | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, S | None]:
-        """Outputs (B, L, D), and the state after the last real token if a state was given (None otherwise)."""
-        raise NotImplementedError
-
-    def init_state(self, batch: int, max_len: int | None = None) -> S:
-        """The state of `batch` rows that have seen nothing. `max_len`: room for so many tokens at once; None: grow.
-
-        A mixer that is not causal has no state and raises `BadInput`.
-        """
-        raise NotImplementedError
-
-    def step(self, x: Tensor, state: S) -> tuple[Tensor, S]:
-        """One token (B, D) -> (B, D). Equal to `forward` on a sequence of one; override it for speed only."""
-        y, after = self(x.unsqueeze(1), state)
-        return y.squeeze(1), after
-
-    def claim(self, norm: nn.Module, dropout: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """What is left to the block of the norm before the mixer and the dropout behind it: as a rule both.
-
-        A mixer that weighs its output against the residual stream reads that stream itself: it keeps the two, applies them
-        within, and leaves identities.
-        """
-        return norm, dropout
-
-    def stepper(self, state_dtype: torch.dtype | None = None) -> Stepper[S]:
-        """`step` for many tokens under weights that do not change. `state_dtype`: how a state that is rewritten every step
-        is stored between steps; None: as it is computed.
-        """
-        return Stepper(self)
-
-
-class ChannelMixer(Part, nn.Module, folder="channels"):
-    """Moves information within a position: (B, L, D) -> (B, L, D). Built as `config.build(d_model)`."""
-
-    residual_out: ClassVar[tuple[str, ...]] = ()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
-        """Outputs, and named extra losses and gauges."""
-        raise NotImplementedError
-
-
-class Embed(Part, nn.Module, folder="embeds"):
-    """Inputs to vectors: ids (B, L) or signals (B, L, C) -> (B, L, D). Built as `config.build(d_model)`."""
-
-    streams: ClassVar[bool] = True
-    """Whether every token has a vector of its own, so that a sequence may come in chunks and be padded."""
-
-    def forward(self, inputs: Tensor, position: Tensor | None = None) -> Tensor:
-        """`position` (B,) int64: how many tokens each row has seen before; None means zero."""
-        raise NotImplementedError
-
-
-class Readout(Part, nn.Module, folder="readouts"):
-    """Vectors to what the task asks for. Built as `config.build(d_model, embed)`, so that it may tie weights."""
-
-    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits of hidden vectors (B, L, D), or the numbers of a regression."""
-        raise NotImplementedError
-
-    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum, count) of the cross entropy in nats, the logits of which need not exist all at once; or of squared errors."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ PACKAGE = Path(hippodrome.__file__).parent
 TESTS = Path(__file__).parent
 
 FLOORS = (
-    "part state patterns positions task files documents tokenizer data devices metrics flags plots",
-    "ops norms inits stepper model memory tasks",
+    "part state patterns positions task files documents tokenizer data devices metrics flags plots tables",
+    "ops norms inits stepper slots model memory tasks",
     "run",
     "lti embeds readouts checkpoint",
     "mixers channels models cuda_graph optim step train sampling stop_strings decoder generation timing evaluate by_position "
     "parity progress",
-    "recipes compare grid catalog convert convert_vit doctor verify bench",
-    "demo dispatch cli __main__",
+    "recipes compare grid catalog h3_checkpoint h3_reference convert convert_vit doctor verify bench",
+    "demo dispatch cli_tools cli __main__",
 )
 """From the ground up. A module imports from its own floor and those below."""
 

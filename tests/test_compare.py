@@ -11,6 +11,7 @@ from hippodrome import plots
 from hippodrome.channels.glu import Glu
 from hippodrome.channels.mlp import Mlp
 from hippodrome.compare import check_budgets, compare, count_parameters, match, print_table
+from hippodrome.lti.s4 import S4
 from hippodrome.lti.s4d import S4D
 from hippodrome.mixers.attention import Attention
 from hippodrome.mixers.h3 import H3
@@ -56,10 +57,35 @@ def test_a_racer_that_fits_is_left_alone():
     assert match(two) == two
 
 
+def bare(mixer, **settings):
+    """A racer without MLPs."""
+    return tiny_run(model=dataclasses.replace(tiny_model(), blocks=(BlockConfig(mixer=mixer),), **settings))
+
+
+@pytest.mark.parametrize(
+    "mixer", [Attention.Config(n_head=6), SSM.Config(system=S4D.Config(d_state=8)), SSM.Config(system=S4.Config(d_state=8))]
+)
+def test_a_racer_without_d_ff_is_made_wider(mixer):
+    first = racers()["h3"]
+    found = match({"h3": first, "bare": bare(mixer, d_model=24)})["bare"]
+    target = count_parameters(first.model)
+    assert abs(count_parameters(found.model) - target) <= 0.02 * target
+    assert found.model.d_model > 24
+    assert found.model.d_model % getattr(mixer, "n_head", 1) == 0
+    assert found.model.blocks == bare(mixer).model.blocks
+
+
+def test_the_new_width_is_as_round_as_the_tolerance_lets_it_be():
+    mixer = SSM.Config(system=S4D.Config(d_state=8))
+    large = {"large": bare(mixer, d_model=512), "bare": bare(mixer)}
+    assert match(large)["bare"].model.d_model == 512
+    assert match({**large, "large": bare(mixer, d_model=498)}, 0.03)["bare"].model.d_model == 496
+    assert match({**large, "large": bare(mixer, d_model=501)}, 1e-4)["bare"].model.d_model == 501
+
+
 def test_a_racer_without_room_is_refused():
-    bare = dataclasses.replace(tiny_model(), blocks=(BlockConfig(mixer=Attention.Config(n_head=2)),))
-    with pytest.raises(BadInput, match="bare cannot have"):
-        match({"h3": racers()["h3"], "bare": tiny_run(model=bare)})
+    with pytest.raises(BadInput, match=r"bare cannot have .* within 0.0001 as h3 has: by its d_model it comes to"):
+        match({"h3": racers()["h3"], "bare": bare(Attention.Config(n_head=4))}, 1e-4)
 
 
 def other_task(**changes):

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hippodrome import load
-from hippodrome.convert import Layout, convert_h3, expected_shapes, infer_layout, model_config, read_weights, reference_logits
+from hippodrome.convert import convert_h3, model_config
+from hippodrome.h3_checkpoint import Layout, expected_shapes, infer_layout, read_weights
+from hippodrome.h3_reference import reference_logits
 from hippodrome.part import BadInput
 from hippodrome.run import read_config
 from hippodrome.tasks.lm import Lm

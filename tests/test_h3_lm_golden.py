@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hippodrome import generate, load
-from hippodrome.convert import convert_h3, infer_layout, our_names
+from hippodrome.convert import convert_h3, our_names
+from hippodrome.h3_checkpoint import infer_layout
 from hippodrome.model import Model
 from hippodrome.sampling import Sampling
 from hippodrome.task import IGNORE, Batch
