@@ -4,8 +4,9 @@ A program owns a tile of M queries (`forward`, `gradient_q`) or of N keys (`grad
 side that it meets. Which they are follows from a few integers (CODE: an interval, with the part of it that is wholly visible;
 or a flat butterfly, XOR, whose tiles differ from a program's own in one bit of their number) or from a list (LIST: tiles of T,
 kept once). Of a butterfly and of lists several small tiles are gathered into one step. Only tiles on an edge pay for a
-predicate. Statistics and sums are float32 and exponentials base 2; every sum has one owner and one order, so that two runs give
-the same bits. Where one row is much longer than the others it is cut, and `merge` or `total` joins the pieces in their order.
+predicate; of lists and butterflies, any tile may be one unless tiles divide the length (EVEN). Statistics and sums are float32
+and exponentials base 2; every sum has one owner and one order, so that two runs give the same bits. Where one row is much
+longer than the others it is cut, and `merge` or `total` joins the pieces in their order.
 
 The loop over partly visible tiles of lists and butterflies is not pipelined. It is short, and with it pipelined causal BigBird
 in tiles of 64 was wrong on an H100 (Triton 3.6.0) from lists that are right and in the interpreter give the right values.

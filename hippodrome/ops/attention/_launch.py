@@ -23,25 +23,26 @@ BLOCKS = {64: ((128, 64, 4, 3), (64, 128, 4, 2), (32, 128, 4, 2)), 128: ((128, 6
 """Padded width -> queries, keys, warps and stages of the forward and of the gradients of q and of k, v, in half precision."""
 
 TILES = {
-    64: {16: ((64, 4, 3), (64, 4, 3), (64, 4, 3)), 32: ((64, 4, 3), (64, 4, 3), (64, 4, 3)),
-         64: ((64, 4, 3), (64, 4, 3), (32, 4, 3)), 128: ((64, 8, 3), (64, 8, 3), (32, 8, 2))},
-    128: {16: ((64, 4, 2), (64, 4, 2), (64, 4, 2)), 32: ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
-          64: ((64, 4, 2), (64, 4, 2), (32, 8, 2)), 128: ((64, 8, 3), (64, 8, 3), (64, 8, 2))},
+    64: {16: ((32, 2, 3, 128), (32, 2, 3, 128), (32, 2, 3, 128)), 32: ((32, 2, 3, 128), (32, 2, 3, 128), (32, 2, 3, 168)),
+         64: ((64, 4, 3, 128), (64, 4, 2, 128), (32, 4, 3, 128)), 128: ((64, 8, 3, 128), (64, 8, 3, 128), (32, 8, 3, 128))},
+    128: {16: ((32, 2, 3, 168), (32, 2, 3, 168), (32, 2, 3, 255)), 32: ((32, 2, 3, 255), (32, 2, 3, 255), (32, 2, 3, 255)),
+          64: ((64, 4, 2, 168), (32, 4, 2, 168), (32, 4, 2, 255)), 128: ((64, 8, 2, 128), (64, 8, 3, 255), (64, 8, 2, 255))},
 }  # fmt: skip
-"""Padded width -> the side of the tiles that are met -> of the other side, warps and stages, of the same, in half precision."""
+"""Padded width -> the side of the tiles that are met -> of the other side, warps, stages and registers, of the same, in half
+precision. Left alone, the compiler takes a few registers more than let one program more be at work."""
 
 
 def layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, int, dict[str, Any]]:
     """Padded width, queries and keys of a tile, and what else a kernel is compiled with."""
     D = max(16, 1 << (q.shape[3] - 1).bit_length())
     M, N, warps, stages = BLOCKS[max(64, D)][role]
-    wide = q.dtype == torch.float32
+    wide, registers = q.dtype == torch.float32, 255
     if wide:
         M, N, warps, stages = min(M, 64), min(N, 32), 4, 1
     if call.code in (CODES[Window], CODES[Chunk]) and call.a <= NARROW:
         M, N, warps = min(M, 64), min(N, 64), 4
     if call.tile:
-        M, N, warps, stages = _list_layout(role, call.tile, D, wide)
+        M, N, warps, stages, registers = _list_layout(role, call.tile, D, wide)
     elif q.shape[2] <= 64:
         M = min(M, max(16, 1 << (q.shape[2] - 1).bit_length()))
     if biased:  # a tile of it in float32, and as many as there are stages, lie in shared memory too
@@ -49,16 +50,19 @@ def layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, in
         stages = min(stages, 2 if D <= 128 else 1)
         if role == 2 and not call.tile and not wide and D <= 128:
             M, warps = (min(M, 64), 4) if D <= 64 else (min(M, 32), 8)
-    return D, M, N, {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    ways = {"num_warps": warps, "num_stages": stages, "PRECISION": "tf32x3" if wide else "tf32"}
+    if registers < 255 and not (biased or call.cap or call.drop):  # those need more
+        ways["maxnreg"] = registers
+    return D, M, N, ways
 
 
-def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages where tiles of T are met: T of a program's own side, some of the other."""
+def _list_layout(role: int, T: int, D: int, wide: bool) -> tuple[int, int, int, int, int]:
+    """Queries, keys, warps, stages and registers where tiles of T are met: T of a program's own side, some of the other."""
     if wide or D > 128:
-        other, warps, stages = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2
+        other, warps, stages, registers = 32 if wide or role else 64, 8 if T == 128 else 4, 1 if wide else 2, 255
     else:
-        other, warps, stages = TILES[max(64, D)][T][role]
-    return (other, T, warps, stages) if role == 2 else (T, other, warps, stages)
+        other, warps, stages, registers = TILES[max(64, D)][T][role]
+    return (other, T, warps, stages, registers) if role == 2 else (T, other, warps, stages, registers)
 
 
 def pieces(
