@@ -29,7 +29,7 @@ TILES = {
           64: ((64, 4, 2, 168), (32, 4, 2, 168), (32, 4, 2, 255)), 128: ((64, 8, 2, 128), (64, 8, 3, 255), (64, 8, 2, 255))},
 }  # fmt: skip
 """Padded width -> the side of the tiles that are met -> of the other side, warps, stages and registers, of the same, in half
-precision. Left alone, the compiler takes a few registers more than let one more program be at work."""
+precision. Left alone, the compiler takes a few registers more than let one program more be at work."""
 
 
 def layout(role: int, q: Tensor, biased: bool, call: Call) -> tuple[int, int, int, dict[str, Any]]:
