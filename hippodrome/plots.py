@@ -105,7 +105,19 @@ def _draw_panel(axes: object, panel: Panel, names: Sequence[str]) -> None:
     else:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel.log_y:
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _show_ratios(axes)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _show_ratios(axes: Any) -> None:
+    """Logarithmic, but from 0 on where values differ by less than a factor of four: powers of two make poor ticks then."""
+    from matplotlib.ticker import EngFormatter
+
+    shown = [y for line in axes.get_lines() for y in line.get_ydata() if y > 0]
+    if shown and max(shown) < 4 * min(shown):
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log", base=2)
+    large = bool(shown) and max(shown) >= 1e4
+    axes.yaxis.set_major_formatter(EngFormatter(sep="") if large else lambda value, _: f"{value:,g}")
