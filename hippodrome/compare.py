@@ -176,7 +176,7 @@ def _resized(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
 
 def _with_another_width(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
     """A d_model that is a multiple of 8, where that is too coarse of 4, 2 or 1, and of every block's heads; not below 8."""
-    heads = math.lcm(*(getattr(block.mixer, "n_head", 1) for block in model.blocks))
+    heads = math.lcm(*(getattr(block.mixer, name, 1) for block in model.blocks for name in ("n_head", "head_dim")))
 
     # Parameters grow at least in proportion to the width, but for a few that do not depend on it.
     most = 2 * math.ceil(model.d_model * max(1.0, target / count_parameters(model)))

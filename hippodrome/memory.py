@@ -72,4 +72,4 @@ def _causes(failure: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = failure
     while current is not None:
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
