@@ -90,7 +90,8 @@ class Tokens(Embed):
         vectors = []
         for size, table in zip(self.sizes, self.axes, strict=True):
             step //= size
-            vectors.append(table(at // step % size))
+            vectors.append(table(at // step))
+            at = at % step
         return torch.stack(vectors).sum(0)
 
     def _where(self, inputs: Tensor, position: Tensor | None, room: int) -> Tensor:
