@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hippodrome.norms import Fp32Parameters
@@ -79,7 +80,14 @@ class LTI(Part, Fp32Parameters, Generic[S], folder="lti"):
         lag 1: the first tap meets the next token, for a layer whose forward system answers the present one. lag 0: this one.
         """
         y = self.convolve(u.flip(-1))[0].flip(-1)
-        return y if lag == 0 else torch.nn.functional.pad(y[..., lag:], (0, lag))
+        return y if lag == 0 else F.pad(y[..., lag:], (0, lag))
+
+    def both_ways(self, u: Tensor, backward: LTI[Any], lag: int = 1) -> Tensor:
+        """This system run from the left and `backward`, which has no skip, from the right: (..., H, L) -> (..., H, L)."""
+        length = u.shape[-1]
+        with torch.autocast(u.device.type, enabled=False):
+            reverse = F.pad(backward.kernel(length)[..., : length - lag], (lag, 0))
+            return long_conv(u, self.kernel(length), kernel_rev=reverse, skip=self.D)
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,10 @@ class Diagonal(LTI[DiagonalState]):
 
     def kernel(self, length: int) -> Tensor:
         return mode_kernel(*self.modes(), length)
+
+    def both_ways(self, u: Tensor, backward: LTI[Any], lag: int = 1) -> Tensor:
+        # Passing states needs no kernels, and is the faster way even twice.
+        return self.convolve(u)[0] + backward.from_the_future(u, lag)
 
     def response(self, state: DiagonalState, length: int) -> Tensor:
         log_modes, weights = self.modes()

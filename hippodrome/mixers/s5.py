@@ -26,6 +26,7 @@ from hippodrome.lti._hippo import Complex, nplr
 from hippodrome.lti._zoh import expm1_over
 from hippodrome.model import Mixer
 from hippodrome.norms import Fp32Parameters
+from hippodrome.ops import _tf32
 from hippodrome.ops.scan import scan
 from hippodrome.part import BadInput, OptimRule
 from hippodrome.state import State
@@ -150,20 +151,25 @@ class _System(Fp32Parameters):
         self.D = nn.Parameter(torch.randn(d_model))
 
     def forward(self, u: Tensor, before: Tensor | None, lengths: Tensor | None, dt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y like u (B, L, D), and all states (B, L, S) that the past has left."""
+        """y like u (B, L, D), and all states (B, L, S) that the past has left.
+
+        States are fp32 and their steps too; of half precision, or under autocast, the products before and behind them are of
+        factors in tf32, as the authors' are on a GPU.
+        """
+        rough = torch.finfo(u.dtype).bits == 16 or torch.is_autocast_enabled(u.device.type)
         with torch.autocast(u.device.type, enabled=False):
             wide = u.to(torch.promote_types(u.dtype, self.D.dtype))
             a, gain = self.discretised(dt)
-            driven = self._driven(wide, gain)
+            driven = self._driven(wide, gain, rough)
             x = scan(a, driven, before)
             past, *future = self._read_out().split(2 * len(self.B), 1)
-            y = F.linear(_pairs(x), past) + self.D * wide
+            y = _tf32.linear(_pairs(x), past, rough=rough) + self.D * wide
             if future:
                 if lengths is not None:
                     # The states that come from the right would carry padding into the row.
                     real = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
                     driven = driven * real.unsqueeze(-1)
-                y = y + F.linear(_pairs(_from_the_future(a, driven)), future[0])
+                y = y + _tf32.linear(_pairs(_from_the_future(a, driven)), future[0], rough=rough)
             return y.to(u.dtype), x
 
     def discretised(self, dt: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -197,11 +203,11 @@ class _System(Fp32Parameters):
 
         return step
 
-    def _driven(self, u: Tensor, gain: Tensor) -> Tensor:
+    def _driven(self, u: Tensor, gain: Tensor, rough: bool) -> Tensor:
         """Bbar u, (B, L, S). A gain of all tokens is one of the weights."""
         if gain.dim() == 1:
-            return _complex(F.linear(u, self._read_in(gain)))
-        return gain * _complex(F.linear(u, self._read_in()))
+            return _complex(_tf32.linear(u, self._read_in(gain), rough=rough))
+        return gain * _complex(_tf32.linear(u, self._read_in(), rough=rough))
 
     def _read_in(self, gain: Tensor | None = None) -> Tensor:
         """B, or Bbar, as a real matrix (2 S, D)."""

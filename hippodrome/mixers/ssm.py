@@ -68,7 +68,7 @@ class SSM(Mixer[State]):
         if lengths is not None:
             # The backward system would carry padding into the row.
             u = u * (torch.arange(u.shape[-1], device=u.device) < lengths[:, None, None])
-        y = self.system.convolve(u)[0] + self.backward_system.from_the_future(u, self.lag)
+        y = self.system.both_ways(u, self.backward_system, self.lag)
         return self._mix_channels(y.transpose(1, 2)), None
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:

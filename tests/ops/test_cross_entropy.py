@@ -10,6 +10,7 @@ from hippodrome.ops.cross_entropy import IGNORE, cross_entropy
 from tests.support import assert_close
 
 TOKENS, WIDTH, VOCABULARY = 40, 6, 50
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.matmul.default)
 
 
 @pytest.fixture(autouse=True)
@@ -28,17 +29,20 @@ def inputs(dtype=torch.float32):
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers a tensor held, and how many matrix products there were."""
+    """The most numbers a tensor held, and how many matrix products there were, in the leaf of a graph too."""
 
     def __init__(self):
         super().__init__()
         self.numbers = self.products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.hippodrome.chunked_nats.default:
+            with self:
+                return module.walk(*args)
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             self.numbers = max(self.numbers, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.products += func in PRODUCTS
         return out
 
 
@@ -121,6 +125,25 @@ def test_it_is_chosen_by_size():
     assert cross_entropy.choose(hidden, weight, targets) == "chunked"
     assert cross_entropy.choose(hidden[:, :1], weight, targets[:, :1]) == "reference"
     assert "float64" in cross_entropy.explain(hidden.double(), weight.double(), targets)["chunked"]
+
+
+def test_compiled_it_is_a_leaf_where_logits_are_many(monkeypatch):
+    wanted, graphs = [], []
+
+    def keep(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    for most in (TOKENS * VOCABULARY, TOKENS * VOCABULARY - 1):
+        monkeypatch.setattr(module, "COMPILED_LOGITS", most)
+        torch.compiler.reset()
+        hidden, weight, targets = inputs()
+        nats = torch.compile(lambda *given: cross_entropy(*given)[0], fullgraph=True, backend=keep)(hidden, weight, targets)
+        nats.backward()
+        wanted.append((nats, hidden.grad, weight.grad))
+    assert ["chunked_nats" in graph for graph in graphs] == [False, True]
+    for ours, theirs in zip(*wanted, strict=True):
+        assert_close(ours, theirs, 1e-5)
 
 
 def test_a_gradient_of_its_gradient_is_refused():

@@ -17,6 +17,8 @@ from hippodrome.ops._op import Op
 IGNORE = -100
 CHUNK_LOGITS = 1 << 24
 """Logits held at once by the chunked backend: 64 MiB in fp32."""
+COMPILED_LOGITS = 1 << 32
+"""Logits that a compiled model holds at once: 8 GiB in bf16, and as much for their gradient."""
 
 
 @Op
@@ -31,29 +33,52 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return nats, (targets != IGNORE).sum()
 
 
+def walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of nats, and its gradients of hidden (N, D) and, fp32, of weight (V, D); those not needed are empty.
+
+    Walks over tokens a slice of `rows` at a time and makes the gradients while the slice's logits are at hand.
+    """
+    d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32, device=weight.device)
+    nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        log_p = torch.log_softmax((hidden[part] @ weight.T).float(), -1)
+        asked = targets[part] != IGNORE
+        index = targets[part].clamp(min=0).unsqueeze(-1)
+        nats -= torch.where(asked, log_p.gather(-1, index).squeeze(-1), 0).sum()
+        if not (need_hidden or need_weight):
+            continue
+        d_logits = log_p.exp_().scatter_add_(-1, index, torch.full_like(log_p[:, :1], -1.0))
+        d_logits = (d_logits * asked.unsqueeze(-1)).to(hidden.dtype)
+        if need_hidden:
+            d_hidden[part] = d_logits @ weight
+        if need_weight:
+            d_weight += (d_logits.T @ hidden[part]).float()
+    return nats, d_hidden, d_weight
+
+
+_walk = torch.library.custom_op("hippodrome::chunked_nats", walk, mutates_args=())
+
+
+@_walk.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    single = {"dtype": torch.float32, "device": hidden.device}
+    d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    return torch.empty((), **single), d_hidden, torch.empty(weight.shape if need_weight else (0,), **single)
+
+
 class _Chunked(torch.autograd.Function):
-    """Walks over tokens a slice at a time and makes the gradients in the forward, while the slice's logits are at hand."""
+    """A leaf of a compiled graph, with gradients that are there after the forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            log_p = torch.log_softmax((hidden[part] @ weight.T).float(), -1)
-            asked = targets[part] != IGNORE
-            index = targets[part].clamp(min=0).unsqueeze(-1)
-            nats -= torch.where(asked, log_p.gather(-1, index).squeeze(-1), 0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            d_logits = log_p.exp_().scatter_add_(-1, index, torch.full_like(log_p[:, :1], -1.0))
-            d_logits = (d_logits * asked.unsqueeze(-1)).to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
-            if d_weight is not None:
-                d_weight += (d_logits.T @ hidden[part]).float()
+        ctx.needs = ctx.needs_input_grad[:2]
+        nats, d_hidden, d_weight = torch.ops.hippodrome.chunked_nats(hidden, weight, targets, rows, *ctx.needs)
         ctx.save_for_backward(d_hidden, d_weight)
         return nats
 
@@ -62,9 +87,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
-        dx = None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype)
-        dw = None if d_weight is None else d_weight * scale
-        return dx, dw, None, None
+        dx = d_hidden * scale.to(d_hidden.dtype) if ctx.needs[0] else None
+        return dx, d_weight * scale if ctx.needs[1] else None, None, None
 
 
 def _why_not(hidden: Tensor, weight: Tensor, targets: Tensor) -> str | None:
@@ -72,8 +96,8 @@ def _why_not(hidden: Tensor, weight: Tensor, targets: Tensor) -> str | None:
         return f"all {targets.numel()} x {weight.shape[0]} logits fit at once"
     if hidden.dtype == torch.float64:
         return "float64 runs in the reference"
-    if torch.compiler.is_compiling():
-        return "a compiled model keeps one graph: the reference"
+    if torch.compiler.is_compiling() and targets.numel() * weight.shape[0] <= COMPILED_LOGITS:
+        return f"compiled, up to {COMPILED_LOGITS} logits are faster at once"
     return None
 
 
