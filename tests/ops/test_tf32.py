@@ -12,9 +12,10 @@ from tests.support import assert_close
 product = torch.ops.hippodrome.tf32_product
 
 
-def drawn(device="cpu"):
+def drawn(device="cpu", tokens=30, width=24, outputs=16):
     dice = torch.Generator().manual_seed(0)
-    return [torch.randn(*shape, generator=dice).to(device).requires_grad_() for shape in ((2, 30, 24), (16, 24))]
+    shapes = (2, tokens, width), (outputs, width)
+    return [torch.randn(shape, generator=dice).to(device).requires_grad_() for shape in shapes]
 
 
 def test_on_a_cpu_and_where_it_is_not_asked_for_it_is_linear():
@@ -44,7 +45,8 @@ def test_the_switch_is_put_back_after_a_product_that_fails():
 
 @pytest.mark.gpu
 def test_on_a_gpu_factors_are_rounded_forward_and_backward():
-    x, weight = drawn("cuda")
+    # Of small matrices cuBLAS takes plain cores.
+    x, weight = drawn("cuda", 4096, 256, 512)
     exact = [t.double().detach().requires_grad_() for t in (x, weight)]
     wanted = F.linear(*exact)
     dy = torch.randn_like(wanted)

@@ -67,9 +67,9 @@ _walk = torch.library.custom_op("hippodrome::chunked_nats", walk, mutates_args=(
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    single = {"dtype": torch.float32, "device": hidden.device}
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    return torch.empty((), **single), d_hidden, torch.empty(weight.shape if need_weight else (0,), **single)
+    d_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
+    return hidden.new_empty((), dtype=torch.float32), d_hidden, d_weight
 
 
 class _Chunked(torch.autograd.Function):
