@@ -100,7 +100,10 @@ class S4(LTI[S4State]):
         self.C.copy_(torch.view_as_real(_unrow(truncated)))
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
-        """`rate` stretches the time steps: 2 reads every second sample."""
+        """`rate` stretches the time steps: 2 reads every second sample. On a GPU a compiled model leaves it as it is."""
+        return (S4._kernel if self.C.is_cpu else _uncompiled)(self, length, rate)
+
+    def _kernel(self, length: int, rate: float) -> Tensor:
         ct, belongs = self._truncated_output(length, rate)
         points = round(belongs / rate)
         dt, a, b, p = self._continuous(rate)
@@ -208,6 +211,10 @@ class S4(LTI[S4State]):
         rest = rest - torch.linalg.matrix_power(transition, self.length)
         row = _row(torch.view_as_complex(self.C.double())).unsqueeze(1)
         return _unrow(torch.linalg.solve_ex(rest, row, left=False)[0].squeeze(1))
+
+
+# What Inductor copies of complex numbers it copies by a kernel of its own, and Triton's know none: KeyError in torch 2.11.
+_uncompiled = torch.compiler.disable(S4._kernel)
 
 
 class _Discrete(NamedTuple):

@@ -13,6 +13,7 @@ from hippodrome.lti.s4 import S4, S4State
 from hippodrome.mixers.ssm import SSM
 from hippodrome.part import BadInput
 from tests.golden_files import as_complex, cases, load, relative_error
+from tests.support import assert_close
 
 VARIANTS = (
     S4.Config(d_state=8, init="legt", length=32),
@@ -316,6 +317,29 @@ def test_the_layer_compiles_into_one_graph_whose_backward_recomputes(monkeypatch
     mixer.zero_grad()
     mixer(x)[0].square().sum().backward()
     assert relative_error(found, mixer.system.C.grad) < 1e-5
+
+
+def test_a_kernel_beside_the_graph_is_the_same(monkeypatch):
+    """As on a GPU, where it cannot be compiled."""
+    torch.manual_seed(0)
+    mixer, x = SSM.Config(system=S4.Config(d_state=8, length=20)).build(4), torch.randn(2, 20, 4)
+    wanted = mixer(x)[0]
+    expected = torch.autograd.grad(wanted.square().sum(), list(mixer.parameters()))
+    monkeypatch.setattr(S4, "_kernel", s4._uncompiled)
+    torch.compiler.reset()
+    y = torch.compile(lambda given: mixer(given)[0], backend="aot_eager")(x)
+    assert_close(y, wanted, 1e-6)
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), list(mixer.parameters())), expected, strict=True):
+        assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("length", [1, 2, 21])
+def test_both_ways_are_each_way_added(lag, length):
+    torch.manual_seed(0)
+    forward, backward = (S4.Config(d_state=8, length=16, skip=skip).build(3).double() for skip in (True, False))
+    u = torch.randn(2, 3, length, dtype=torch.float64)
+    assert_close(forward.both_ways(u, backward, lag), forward.convolve(u)[0] + backward.from_the_future(u, lag), 1e-12)
 
 
 @pytest.mark.gpu

@@ -17,8 +17,10 @@ def fft_conv(u: Tensor, kernel: Tensor) -> Tensor:
     """sum_(s<=t) kernel[t-s] u[s] along the last axis, by FFT in u's dtype (float32 or float64). Broadcasts in front."""
     length = u.shape[-1]
     n = length + min(kernel.shape[-1], length)
-    spectrum = torch.fft.rfft(u, n) * torch.fft.rfft(kernel[..., :length].to(u.dtype), n)
-    return torch.fft.irfft(spectrum, n)[..., :length]
+    # In two dimensions, since torch 2.11 compiles transforms of more for strides that their results need not have.
+    rows = torch.fft.rfft(u.flatten(0, -2), n).unflatten(0, u.shape[:-1])
+    spectrum = rows * torch.fft.rfft(kernel[..., :length].to(u.dtype), n)
+    return torch.fft.irfft(spectrum.flatten(0, -2), n).unflatten(0, spectrum.shape[:-1])[..., :length]
 
 
 @Op
