@@ -77,8 +77,16 @@ def write_weights(model: Model, file: Path) -> None:
     _sync(file.parent)
 
 
-def fill(model: Model, file: Path) -> None:
-    """Copy a file's tensors into a model. Raises `BadInput` with the first names that differ, before anything is copied."""
+def start_from(model: Model, path: Path) -> None:
+    """Give a model the weights that `load` finds in `path`. Raises `BadInput`, before it copies any, where they do not fit."""
+    fill(model, _find_weights(path) / WEIGHTS, what="the model to train, which must have its sizes")
+
+
+def fill(model: Model, file: Path, what: str = "its config.json") -> None:
+    """Copy a file's tensors into a model. Raises `BadInput` with the first names that differ, before anything is copied.
+
+    what: the message tells what the file does not fit.
+    """
     if unreadable := tensor_damage(file):
         raise BadInput(f"{file} {unreadable}")
     wanted = _tensors(model)
@@ -93,10 +101,12 @@ def fill(model: Model, file: Path) -> None:
         ]
         if wrong:
             rest = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise BadInput(f"{file} does not fit its config.json: {'; '.join(wrong[:3])}{rest}")
+            raise BadInput(f"{file} does not fit {what}: {'; '.join(wrong[:3])}{rest}")
         with torch.no_grad():
             for name, tensor in wanted.items():
                 tensor.copy_(weights.get_tensor(name))
+    # Nothing more is copied; modules that keep a number of what was, as S4 its length, are told to look again.
+    model.load_state_dict({}, strict=False)
 
 
 class Checkpoints:

@@ -54,6 +54,8 @@ class TrainConfig:
     compile: bool = False
     cuda_graph: bool = False
     """Replay the whole step as one CUDA graph: for models so small that launches bind."""
+    weights: str | None = None
+    """A run, a checkpoint or a saved or converted model of the same sizes, whose weights are the start; None: fresh ones."""
     seed: int = 0
     device: str = "auto"
     log_every: int = 10

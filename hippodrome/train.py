@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hippodrome import devices
-from hippodrome.checkpoint import WEIGHTS, Checkpoints, write_weights
+from hippodrome.checkpoint import WEIGHTS, Checkpoints, start_from, write_weights
 from hippodrome.evaluate import evaluate
 from hippodrome.files import write_json
 from hippodrome.memory import build_on, shortage
@@ -35,6 +35,7 @@ from hippodrome.part import BadInput, from_dict, to_dict
 from hippodrome.run import RunConfig, TrainConfig, provenance, write_config
 from hippodrome.step import Step, micro_batch, seed_place
 from hippodrome.task import Split, Task
+from hippodrome.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def train(
             kept, carried = checkpoints.read(newest, model, optimizer)
             done, tokens, seconds, losses = kept["step"], kept["tokens"], kept["seconds"], kept["losses"]
             step.restore(kept["scaler"], carried)
+        elif settings.weights is not None:
+            _check_tokenizer(task, Path(settings.weights))
+            start_from(model, Path(settings.weights))
         devices.barrier()
         if done == settings.steps and (folder / "report.json").is_file():
             return _read_json(folder / "report.json")
@@ -228,6 +232,17 @@ def _check_carrying(task: Task, model: Model, settings: TrainConfig) -> None:
             "those of a text do in order documents or stream"
         )
     model.init_state(1)
+
+
+def _check_tokenizer(task: Task, weights: Path) -> None:
+    """Refuse weights whose run read other ids: of an embedding's rows nobody would see it."""
+    run = weights.parent.parent if weights.name.startswith("step-") else weights
+    ours: Tokenizer | None = getattr(task, "tokenizer", None)
+    if ours is not None and (run / "tokenizer.json").is_file() and Tokenizer.load(run).hash != ours.hash:
+        raise BadInput(
+            f"the weights of {run} were trained with another tokenizer than this text has: "
+            "a BPE is learned from its text, so take --tokenizer bytes or gpt2 for both"
+        )
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:

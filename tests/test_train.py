@@ -351,6 +351,47 @@ def test_a_learning_rate_beyond_reason_ends_with_one_clear_error(tmp_path):
         train(tiny_run(lr=1e30, warmup=0.0, clip=None), tmp_path / "run")
 
 
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
+    train(tiny_run(steps=3, save_every=2), tmp_path / "first")
+    batch = tiny_run().task.build().batch("train", 0, 8)
+    for weights in (tmp_path / "first", Checkpoints(tmp_path / "first").paths()[0]):
+        train(tiny_run(weights=str(weights), steps=1, seed=1), tmp_path / f"from-{weights.name}")
+        (found,) = losses(tmp_path / f"from-{weights.name}")
+        assert found == pytest.approx(hippodrome.load(weights).loss(batch).total.item(), rel=1e-6)
+
+
+def test_resumed_it_goes_on_from_its_own_checkpoint(tmp_path):
+    train(tiny_run(steps=1, seed=1), tmp_path / "first")
+    config = tiny_run(weights=str(tmp_path / "first"))
+    whole = train(config, tmp_path / "whole")
+    run_until(config, tmp_path / "cut", 6)
+    assert train(config, tmp_path / "cut", resume=True)["scores"] == whole["scores"]
+
+
+def test_weights_that_do_not_fit_leave_nothing(tmp_path):
+    train(tiny_run(steps=1), tmp_path / "first")
+    other = dataclasses.replace(tiny_model(), d_model=32)
+    with pytest.raises(BadInput, match=r"does not fit the model to train, .* is \[\d+, 16\] where the model has"):
+        train(tiny_run(model=other, weights=str(tmp_path / "first")), tmp_path / "run")
+    with pytest.raises(BadInput, match=r"there is no folder .*frist: did you mean 'first'"):
+        train(tiny_run(weights=str(tmp_path / "frist")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path):
+    runs = {}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} is not the other. " * 400)
+        task = LmTask.Config(text=str(tmp_path / f"{name}.txt"), tokenizer="bpe", vocab_size=260, length=16)
+        model = dataclasses.replace(tiny_model(), embed=Tokens.Config(vocab_size=260))
+        runs[name] = tiny_run(task, model, steps=1)
+    train(runs["one"], tmp_path / "one")
+    again = dataclasses.replace(runs["one"].train, weights=str(tmp_path / "one"))
+    train(dataclasses.replace(runs["one"], train=again), tmp_path / "again")
+    with pytest.raises(BadInput, match="another tokenizer"):
+        train(dataclasses.replace(runs["two"], train=again), tmp_path / "two")
+
+
 def test_a_folder_with_a_run_is_refused(tmp_path):
     train(tiny_run(steps=1), tmp_path / "run")
     with pytest.raises(BadInput, match=r"run holds a run already: continue it with --resume, or give another --out"):

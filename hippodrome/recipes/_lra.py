@@ -74,6 +74,8 @@ class Budget:
     compile: bool = False
     cuda_graph: bool = False
     """Replay the whole step as one CUDA graph."""
+    weights: str | None = None
+    """A run, a checkpoint or a saved model of the same sizes, whose weights are the start; None: fresh ones."""
     seed: int = 0
     """Of the weights and the dropout. The data and its order are the same for all seeds."""
     device: str = "auto"

@@ -41,7 +41,7 @@ from hippodrome.recipes._lra import (
 )
 from hippodrome.run import RunConfig
 from hippodrome.tasks.lra_image import LraImage
-from hippodrome.tasks.pathfinder import Pathfinder
+from hippodrome.tasks.pathfinder import Dashes, Pathfinder
 from hippodrome.tasks.pathfinder_segmentation import PathfinderSegmentation
 
 Pixels = Literal["signal", "tokens"]
@@ -76,6 +76,7 @@ def pathfinder(
     *,
     mixer: Name = "s4d",
     resolution: Literal[32, 64, 128, 256] = Pathfinder.Config.size,
+    contour_length: Dashes = Pathfinder.Config.contour_length,
     pixels: Pixels | None = None,
     train_rows: int = Pathfinder.Config.train_rows,
     test_rows: int = Pathfinder.Config.test_rows,
@@ -88,13 +89,21 @@ def pathfinder(
     Args:
         mixer: What moves along the sequence.
         resolution: Pixels a side; rows have its square.
+        contour_length: Dashes of a path. 14 is the benchmark, 6 and 9 are its easier sets, whose weights can be a start.
         pixels: A signal, or 256 tokens; None: what the mixer is published with, tokens for Transformers, a signal for all else.
         train_rows: Images drawn for training. The first run draws them, which takes a while; later ones find them in the cache.
         test_rows: Images of the test split, and of the valid split.
         folder: A published pathfinderN folder to read instead.
     """
     kind = _pixels(mixer, pixels)
-    task = Pathfinder.Config(size=resolution, pixels=kind, train_rows=train_rows, test_rows=test_rows, folder=folder)
+    task = Pathfinder.Config(
+        size=resolution,
+        contour_length=contour_length,
+        pixels=kind,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        folder=folder,
+    )
     rows = Rows(vocab_size=256, length=task.length, readout=Pool.Config(classes=2))
     long = resolution >= 128
     config = classifier(mixer, task, "path-x" if long else "pathfinder", rows, _states(size, mixer), budget)

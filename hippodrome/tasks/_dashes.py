@@ -7,11 +7,14 @@ on the pixel where the dash or disc begins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 _LOBES = 3
+DIGITS = 9
+"""Decimals that count: far below a pixel's and far above the last bits of a sine."""
 
 
 class Dash(NamedTuple):
@@ -46,8 +49,7 @@ def _line(angle: float, length: int, thickness: int, half: int) -> np.ndarray:
 
     Pillow's line: the rectangle's corners are whole pixels, and each row is filled from rounded edge to rounded edge.
     """
-    # Pixels are where ceil puts them, but not for the sake of a rounding error.
-    down, right = np.ceil(np.round(length * np.array([np.sin(angle), np.cos(angle)]), 9))
+    down, right = whole(np.ceil, length * np.array([np.sin(angle), np.cos(angle)]))
     size, columns = float(np.hypot(down, right)), np.arange(-half, half + 1)
     if thickness == 1:
         line, steps = np.zeros((len(columns), len(columns)), bool), np.linspace(0, 1, int(max(abs(down), abs(right))) + 1)
@@ -59,12 +61,20 @@ def _line(angle: float, length: int, thickness: int, half: int) -> np.ndarray:
     return _quadrangle([(below, -left), (down + below, right - left), (down - above, right + over), (-above, over)], columns)
 
 
+def whole(rounded: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Values brought to whole numbers by floor, ceil or rint, and none for the sake of a rounding error.
+
+    Sines, hypotenuses and matrix products differ in their last bits from one processor to another; images must not.
+    """
+    return rounded(np.round(values, DIGITS))
+
+
 def _half_away(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.floor(np.abs(values) + 0.5)
+    return np.sign(values) * whole(np.floor, np.abs(values) + 0.5)
 
 
 def _half_to_zero(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.ceil(np.abs(values) - 0.5)
+    return np.sign(values) * whole(np.ceil, np.abs(values) - 0.5)
 
 
 def _quadrangle(corners: list[tuple[float, float]], columns: np.ndarray) -> np.ndarray:
@@ -76,7 +86,7 @@ def _quadrangle(corners: list[tuple[float, float]], columns: np.ndarray) -> np.n
         for share in (steps / (to_y - y),) if y != to_y else (0.0, 1.0):
             edge = x + share * (to_x - x)
             first[rows], last[rows] = np.minimum(first[rows], edge), np.maximum(last[rows], edge)
-    return (columns >= np.floor(first + 0.5)[:, None]) & (columns <= np.ceil(last - 0.5)[:, None])
+    return (columns >= whole(np.floor, first + 0.5)[:, None]) & (columns <= whole(np.ceil, last - 0.5)[:, None])
 
 
 def _grown(shape: np.ndarray, radius: int) -> np.ndarray:
@@ -99,8 +109,8 @@ def _grown(shape: np.ndarray, radius: int) -> np.ndarray:
 def _shrunk(shape: np.ndarray, side: int) -> np.ndarray:
     """A shape (n, n) bool as grey (side, side) uint8; each of the two passes rounds to a byte."""
     weights = lanczos(len(shape), side)
-    grey = np.rint(255.0 * (shape @ weights.T)).clip(0, 255)
-    return np.rint(weights @ grey).clip(0, 255).astype(np.uint8)
+    grey = whole(np.rint, 255.0 * (shape @ weights.T)).clip(0, 255)
+    return whole(np.rint, weights @ grey).clip(0, 255).astype(np.uint8)
 
 
 def lanczos(old: int, new: int) -> np.ndarray:

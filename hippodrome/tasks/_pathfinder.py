@@ -23,7 +23,7 @@ import numpy as np
 
 from hippodrome.tasks import _dashes
 
-VERSION = 1
+VERSION = 2
 """Changes when the same seed and number give another image."""
 
 _TRIALS = 3
@@ -104,6 +104,17 @@ _256 = Geometry(
 )
 LRA = {made.size: made for made in (_32, _64, _128, _256)}
 """The sets of Long Range Arena by size: "hard", of 14 dashes a path."""
+
+_DISTRACTING = {32: 20, 64: 22, 128: 35, 256: 30}
+"""Dashes that distract, which short paths of a third of a path's length share out among them."""
+
+
+def easier(size: int, contour_length: int) -> Geometry:
+    """A set of Long Range Arena with paths of so many dashes; of 14 it is `LRA`'s."""
+    short = contour_length // 3
+    distractors = _DISTRACTING[size] // short
+    return replace(LRA[size], contour_length=contour_length, distractor_length=short, distractors=distractors)
+
 
 _DLR_128 = replace(_128, seed_distance=22, marker_radius=2.1, distractors=16, mark_distractors=True)
 _DLR_256 = Geometry(
@@ -187,7 +198,7 @@ class _Table:
         self.rim = self.radius + 2 * margin + 2
         self.stride = geometry.size + 2 * self.rim
         around = np.arange(0, 360, 360 / (2 * np.pi * step)) * np.pi / 180
-        circle = np.unique(np.floor(step * np.stack([np.sin(around), np.cos(around)], 1)).astype(int), axis=0)
+        circle = np.unique(_dashes.whole(np.floor, step * np.stack([np.sin(around), np.cos(around)], 1)).astype(int), axis=0)
         self.angles = np.concatenate([np.arange(-180, 180) * np.pi / 180, np.arctan2(*circle.T)])
         self.advance = self.flat(self._moved(length + 2 * margin))
         """(n,) from a joint to the next one, by the heading between them."""
@@ -249,14 +260,14 @@ class _Table:
         flat[covered] = np.maximum(flat.take(covered), self.masks[headings])
 
     def _moved(self, length: int) -> np.ndarray:
-        exact = length * np.stack([np.sin(self.angles), np.cos(self.angles)], 1)
-        return np.ceil(np.round(exact, 9)).astype(int)
+        return _dashes.whole(np.ceil, length * np.stack([np.sin(self.angles), np.cos(self.angles)], 1)).astype(int)
 
     def _turns(self, circle: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each heading the next ones: (n, k) chances, headings and offsets of tips from the joint. Unused ends are 0."""
         delta = np.abs(self.angles[360:] - self.angles[:, None])
         delta = np.minimum(np.minimum(delta, 2 * np.pi - delta) * self.geometry.continuity, np.pi / 2)
-        chances = np.where(delta < np.pi / 2, np.cos(delta) ** 2, 0.0)
+        # Rounded, so that equal chances are equal on every machine and stay in order.
+        chances = np.where(delta < np.pi / 2, np.round(np.cos(delta) ** 2, _dashes.DIGITS), 0.0)
         count = int((chances > 0).sum(1).max())
         best = np.argsort(-chances, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(chances, best, 1), best + 360, self.flat(circle)[best]
@@ -292,7 +303,7 @@ def _two_seeds(table: _Table, attempts: int, rng: np.random.Generator) -> tuple[
     low, high = 2 * made.seed_distance - boxes[:, 0], made.size - 2 * made.seed_distance - boxes[:, 1]
     fits = (high > low).all(1)
     first = low + np.floor(share * (high - low)).astype(int)
-    other = np.rint(first + made.seed_distance * np.stack([np.sin(angles), np.cos(angles)], 1)).astype(int)
+    other = _dashes.whole(np.rint, first + made.seed_distance * np.stack([np.sin(angles), np.cos(angles)], 1)).astype(int)
     return table.place(np.stack([first, other], 1))[fits], headings[fits]
 
 

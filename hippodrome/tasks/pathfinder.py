@@ -26,8 +26,9 @@ from hippodrome.tasks._images import Arrays, _Images, kept
 from hippodrome.tasks._labels import commonest, label_scores
 
 Size = Literal[32, 64, 128, 256]
-HARD = "curv_contour_length_14"
-"""The set of a published folder that Long Range Arena takes."""
+Dashes = Literal[6, 9, 14]
+SETS: dict[int, str] = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
+"""The sets of a published folder: easy, intermediate, and hard, the one that scores are told of."""
 
 _FIRST: dict[Split, int] = {"train": 0, "valid": 1 << 40, "test": 2 << 40}
 """Number of a split's first image, so that a larger training split leaves the others as they are."""
@@ -47,6 +48,8 @@ class Pathfinder(_Images):
     class Config(_Images.Config):
         size: Size = 32
         """Pixels a side; the row is its square."""
+        contour_length: Dashes = 14
+        """Dashes of a path: 14 is Long Range Arena's "hard" set, which is the benchmark; 6 and 9 are its easier ones."""
         train_rows: int = 160_000
         test_rows: int = 20_000
         """Images of the test split, and of the valid split, where they are drawn."""
@@ -56,6 +59,8 @@ class Pathfinder(_Images):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_sizes(self.size, get_args(Size), self.train_rows, self.test_rows)
+            if self.contour_length not in SETS:
+                raise BadInput(f"contour_length is {self.contour_length}: {nearest_number(self.contour_length, tuple(SETS))}")
 
         @property
         def length(self) -> int:
@@ -81,18 +86,23 @@ class Pathfinder(_Images):
     def _open(self, split: Split) -> dict[str, np.ndarray]:
         config = self.config
         if config.folder is not None:
-            return _read(Path(config.folder).expanduser(), split, config.size)
-        geometry, rows = _pathfinder.LRA[config.size], self.size(split)
+            return _read(Path(config.folder).expanduser(), split, config.size, SETS[config.contour_length])
+        geometry, rows = _pathfinder.easier(config.size, config.contour_length), self.size(split)
         return drawn(
             f"pathfinder{config.size}", geometry, config.seed, split, rows, Answer((), lambda drawing: np.array(drawing.label))
         )
 
 
+def nearest_number(given: int, allowed: tuple[int, ...]) -> str:
+    """The end of a message on a number that is not among those allowed."""
+    close = min(allowed, key=lambda good: abs(good - given))
+    return f"did you mean {close}? known: {', '.join(map(str, allowed))}"
+
+
 def check_sizes(size: int, allowed: tuple[int, ...], train_rows: int, test_rows: int) -> None:
     """`BadInput` for a size that is not among those allowed and for empty splits."""
     if size not in allowed:
-        close = min(allowed, key=lambda good: abs(good - size))
-        raise BadInput(f"size is {size}: did you mean {close}? known: {', '.join(map(str, allowed))}")
+        raise BadInput(f"size is {size}: {nearest_number(size, allowed)}")
     for name, rows in {"train_rows": train_rows, "test_rows": test_rows}.items():
         if rows < 1:
             raise BadInput(f"{name} is {rows}: it must be at least 1")
@@ -115,9 +125,9 @@ def drawn(
 # The published folders
 
 
-def _read(folder: Path, split: Split, size: int) -> dict[str, np.ndarray]:
+def _read(folder: Path, split: Split, size: int, chosen_set: str) -> dict[str, np.ndarray]:
     """A split of a published folder: its images in the order of S4's random split, which has the seed 42."""
-    root = folder / HARD if (folder / HARD).is_dir() else folder
+    root = folder / chosen_set if (folder / chosen_set).is_dir() else folder
     found = _listed(root)
     held_out = len(found) // 10
     if held_out < 1:

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+import hippodrome
+from hippodrome.checkpoint import start_from
+from hippodrome.embeds.signal import Signal
 from hippodrome.lti import _cauchy, s4
 from hippodrome.lti._hippo import low_rank, nplr, transition
 from hippodrome.lti.s4 import S4, S4State
 from hippodrome.mixers.ssm import SSM
+from hippodrome.model import BlockConfig, ModelConfig
 from hippodrome.part import BadInput
+from hippodrome.readouts.pool import Pool
 from tests.golden_files import as_complex, cases, load, relative_error
 from tests.support import assert_close
 
@@ -284,6 +289,17 @@ def test_a_checkpoint_brings_its_length():
     again = S4.Config(d_state=8, length=24).build(2)
     again.load_state_dict(other.state_dict())
     assert torch.equal(again.kernel(60), trained.kernel(60))
+
+
+def test_a_model_that_starts_from_weights_of_another_length_knows_it(tmp_path):
+    def model(length):
+        block = BlockConfig(mixer=SSM.Config(system=S4.Config(d_state=8, length=length)))
+        return ModelConfig(d_model=4, blocks=(block,), embed=Signal.Config(), readout=Pool.Config(classes=2)).build()
+
+    trained, other, x = model(24), model(100), torch.randn(1, 60, 1)
+    hippodrome.save(trained, tmp_path / "trained")
+    start_from(other, tmp_path / "trained")
+    assert torch.equal(other(x).logits, trained(x).logits)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64])
