@@ -101,7 +101,8 @@ class S4(LTI[S4State]):
 
     def kernel(self, length: int, rate: float = 1.0) -> Tensor:
         """`rate` stretches the time steps: 2 reads every second sample. On a GPU a compiled model leaves it as it is."""
-        return (S4._kernel if self.C.is_cpu else _uncompiled)(self, length, rate)
+        beside = torch.compiler.is_compiling() and not _compiles(self.C)
+        return _uncompiled(self, length, rate) if beside else self._kernel(length, rate)
 
     def _kernel(self, length: int, rate: float) -> Tensor:
         ct, belongs = self._truncated_output(length, rate)
@@ -213,8 +214,14 @@ class S4(LTI[S4State]):
         return _unrow(torch.linalg.solve_ex(rest, row, left=False)[0].squeeze(1))
 
 
-# What Inductor copies of complex numbers it copies by a kernel of its own, and Triton's know none: KeyError in torch 2.11.
-_uncompiled = torch.compiler.disable(S4._kernel)
+def _compiles(t: Tensor) -> bool:
+    """What Inductor copies of complex numbers it copies by a kernel of its own, and Triton's know none: KeyError in 2.11."""
+    return t.is_cpu
+
+
+def _uncompiled(system: S4, length: int, rate: float) -> Tensor:
+    # Made here: to make it once, on import, would bring all of the compiler.
+    return torch.compiler.disable(system._kernel)(length, rate)
 
 
 class _Discrete(NamedTuple):
