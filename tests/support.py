@@ -68,7 +68,8 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> No
         assert relative_error(found, expected) <= tolerance
     else:
         assert found.shape == expected.shape
-        assert found.abs().sum() <= tolerance
+        # What cancels exactly in one library leaves roundings in another, on one processor and not on the next.
+        assert (found.abs() <= tolerance).all()
 
 
 def assert_survives_json(slot: type[Part], config: Part.Config) -> None:
